@@ -1,0 +1,62 @@
+# Every target sets up what it needs. `make` alone prints them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SLOW := not browser and not gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build lint format test unit browser demo up down clean sanitize lock
+
+help: ## print the targets
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(STAMP): requirements.lock infra/bootstrap.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash infra/bootstrap.sh
+
+setup: $(STAMP) build ## create .venv, install the locked dependencies, build csrc
+
+build: $(STAMP) ## build the C++ extension (only what changed)
+	@$(MAKE) --no-print-directory -C csrc PYTHON="$(CURDIR)/$(PY)"
+
+lint: setup ## ruff (with the Airflow rules), format check, mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy components dags infra model spark_jobs tests
+
+format: $(STAMP) ## apply ruff's fixes and format
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+test: lint ## lint, unit, integration and a short end-to-end run of the whole loop
+	@$(MAKE) --no-print-directory -C csrc test PYTHON="$(CURDIR)/$(PY)"
+	@$(PY) -m pytest -m "$(SLOW)"
+
+unit: setup ## the quick tests alone
+	@$(PY) -m pytest -m "$(SLOW) and not integration and not end_to_end"
+
+browser: setup ## look at the UIs with headless Chromium; writes docs/images
+	@$(PY) -m pytest -m browser tests/browser
+
+sanitize: setup ## the C++ tests under ASan and UBSan
+	@$(MAKE) --no-print-directory -C csrc asan PYTHON="$(CURDIR)/$(PY)"
+
+demo: setup ## the whole loop on a synthetic world, or on DATA=path/to/KuaiRand-Pure
+	@$(PY) -m infra.local.demo $(if $(DATA),--data "$(DATA)")
+
+up: setup ## start MLflow, Spark, Airflow and the server; they stay up
+	@$(PY) -m infra.local.up
+
+down: ## stop what `make up` or `make demo` started
+	@if [ -x $(PY) ]; then $(PY) -m infra.local.down; fi
+
+bench-kuairand: setup ## HSTU ranker against the item-user rate baselines (DATA=path/to/KuaiRand-Pure)
+	@$(PY) -m model.experiments.kuairand $(if $(DATA),--data "$(DATA)")
+
+lock: $(STAMP) ## resolve requirements.in again
+	@$(VENV)/bin/uv pip install -q -p $(VENV) -r requirements.in
+	@$(VENV)/bin/uv pip freeze -p $(VENV) | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//' > requirements.lock
+
+clean: down ## remove what was built and everything the demo wrote; keeps .venv
+	@rm -rf .freshet csrc/build model/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,149 @@
+"""One pydantic model per step is the step's whole interface.
+
+From its fields come the command line (`cli`), the Airflow trigger form (`form_fields`), the parameters logged to
+MLflow (`model_dump`) and the reference docs; `tests/components/test_config.py` holds the four together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from components.errors import FreshetError
+
+WHERE_THINGS_ARE = frozenset({"root", "tracking_uri"})
+"""Fields that say where things are kept, not what is computed: they never enter a config hash or a form."""
+
+
+def default_root() -> str:
+    return os.environ.get("FRESHET_ROOT", f"file://{Path.cwd()}/.freshet/store")
+
+
+class StepConfig(BaseModel):
+    """Base of every step's config: flat scalar fields, each with a description and bounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: str = Field(
+        default_factory=default_root,
+        description="storage root URL, file:///folder or s3://bucket/prefix (default: $FRESHET_ROOT)",
+    )
+
+    def digest(self) -> str:
+        """12 hex digits that name what this config computes, whatever machine it runs on."""
+        content = self.model_dump(mode="json", exclude=set(WHERE_THINGS_ARE))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class TrackedConfig(StepConfig):
+    """A step that talks to MLflow."""
+
+    tracking_uri: str = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"),
+        description="MLflow tracking server (default: $MLFLOW_TRACKING_URI)",
+    )
+
+
+Config = TypeVar("Config", bound=StepConfig)
+
+
+def form_fields(config: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """Field name -> JSON schema with default, type, bounds and description: one entry of a trigger form each."""
+    properties = config.model_json_schema()["properties"]
+    return {name: _flat(schema) for name, schema in properties.items() if name not in WHERE_THINGS_ARE}
+
+
+def cli(config: type[Config], run: Callable[[Config], BaseModel], argv: Sequence[str] | None = None) -> int:
+    """Run a step from the command line; the result is the last line of stdout, as JSON.
+
+    Returns the exit code: 0 done, 2 wrong input (the message says what to do).
+    """
+    parser = _parser(config, run)
+    values = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    try:
+        result = run(config(**values)).model_dump_json()
+    except ValidationError as error:
+        return _refuse(_readable(error))
+    except FreshetError as error:
+        return _refuse(str(error))
+    if path := os.environ.get("FRESHET_RESULT_PATH"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(result)
+    print(result, flush=True)
+    return 0
+
+
+def to_arguments(values: Mapping[str, Any]) -> list[str]:
+    """The command-line arguments that set these fields; the inverse of what `cli` parses."""
+    arguments = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments.append(f"--{flag}={value}")
+    return arguments
+
+
+def _parser(config: type[BaseModel], run: Callable[..., Any]) -> argparse.ArgumentParser:
+    package = run.__module__.rsplit(".", 1)[0]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {package}",
+        description=sys.modules[run.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, field in config.model_fields.items():
+        _add_argument(parser, name, field)
+    return parser
+
+
+def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    flag = "--" + name.replace("_", "-")
+    if field.annotation is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=_help(field))
+        return
+    parser.add_argument(flag, required=field.is_required(), default=None, help=_help(field), metavar="VALUE")
+
+
+def _help(field: FieldInfo) -> str:
+    notes = []
+    if not field.is_required() and field.default_factory is None:
+        notes.append(f"default {field.default}")
+    for constraint in field.metadata:
+        notes += [f"{sign} {getattr(constraint, key)}" for key, sign in _BOUNDS if hasattr(constraint, key)]
+    text = f"{field.description or ''} [{', '.join(notes)}]" if notes else field.description or ""
+    return text.replace("%", "%%")
+
+
+_BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+
+
+def _flat(schema: dict[str, Any]) -> dict[str, Any]:
+    """Turn pydantic's `anyOf: [X, null]` into `type: [X, null]`, the form Airflow's params understand."""
+    if "anyOf" not in schema:
+        return schema
+    rest = {k: v for k, v in schema.items() if k != "anyOf"}
+    merged: dict[str, Any] = {}
+    for option in schema["anyOf"]:
+        merged |= {k: v for k, v in option.items() if k != "type"}
+    return {**merged, **rest, "type": [option["type"] for option in schema["anyOf"]]}
+
+
+def _readable(error: ValidationError) -> str:
+    lines = [f"--{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+    return "wrong settings; " + "; ".join(lines)
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each message says what is wrong and what to do about it."""
+
+
+class FreshetError(Exception):
+    """Base of every error that Freshet raises on purpose."""
+
+
+class BadInput(FreshetError):
+    """The caller's data or settings are wrong: exit code 2 on a command line, a 4xx status over HTTP."""
+
+
+class AlreadyExists(FreshetError):
+    """Create-if-absent found the path taken: somebody else has published first."""
+
+
+class CorruptLog(FreshetError):
+    """A gap, a truncated file or a bad checksum in a parameter log: nothing of it was applied."""

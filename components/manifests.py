@@ -1,0 +1,76 @@
+"""Manifests of data sets: what a step wrote, from what, and how much. Publishing one is the step's commit.
+
+Data files live in a folder of their own for each attempt, and the manifest names them, so an attempt that died
+leaves files that nobody reads, and two attempts at the same output never mix.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from components.errors import AlreadyExists, BadInput
+from components.storage import Storage
+
+NAME = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """One published data set; paths are relative to the storage root."""
+
+    kind: str = Field(description="interactions, sequences or items")
+    name: str = Field(description="window key or data set id")
+    windows: list[str] = Field(default=[], description="keys of the windows whose events are inside")
+    inputs: list[str] = Field(default=[], description="manifests and files that were read")
+    files: dict[str, list[str]] = Field(description="part (data, train, eval) -> Parquet files")
+    counts: dict[str, int] = Field(default={}, description="rows, users, duplicates, quarantined by reason, ...")
+    config: dict[str, Any] = Field(default={}, description="the step's config, for lineage")
+    created_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+def new_attempt(folder: str) -> str:
+    """A fresh folder for the data files of one attempt at writing `folder`."""
+    return f"{folder}/attempt-{secrets.token_hex(4)}"
+
+
+def publish(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """Commit `manifest` for `folder`; when another attempt was first, its manifest is returned and stands."""
+    try:
+        storage.create(f"{folder}/{NAME}", manifest.model_dump_json(indent=1).encode())
+    except AlreadyExists:
+        published = find(storage, folder)
+        if published is None:
+            raise
+        return published
+    return manifest
+
+
+def find(storage: Storage, folder: str) -> Manifest | None:
+    """The published manifest of `folder`, or None while there is none."""
+    path = f"{folder}/{NAME}"
+    return Manifest.model_validate_json(storage.read_bytes(path)) if storage.exists(path) else None
+
+
+def require(storage: Storage, folder: str, remedy: str) -> Manifest:
+    """The published manifest of `folder`; BadInput with the remedy when it is missing."""
+    manifest = find(storage, folder)
+    if manifest is None:
+        raise BadInput(f"{storage.url(folder)} has no manifest; {remedy}")
+    return manifest
+
+
+def find_all(storage: Storage, prefix: str) -> list[Manifest]:
+    """All published manifests directly below `prefix`, by name."""
+    paths = [path for path in storage.list(prefix) if path.endswith(f"/{NAME}")]
+    return [Manifest.model_validate_json(storage.read_bytes(path)) for path in paths]
+
+
+def read_part(storage: Storage, manifest: Manifest, part: str) -> pa.Table:
+    """All rows of one part of a data set; BadInput when the part does not exist."""
+    if part not in manifest.files:
+        raise BadInput(f"{manifest.kind} {manifest.name} has no part {part!r}, only {', '.join(manifest.files)}")
+    return pa.concat_tables([storage.read_table(path) for path in manifest.files[part]])

@@ -1,0 +1,204 @@
+"""The root URL: local files or S3 behind one small interface.
+
+Two writes exist and both are atomic: `write_bytes` replaces, `create` succeeds for one caller only. A commit in
+Freshet is always one `create` of a manifest, after the data it names has been written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.errors import AlreadyExists, BadInput
+
+
+class Backend(Protocol):
+    """What a place to keep files must offer; `path` is relative to the root, '/'-separated."""
+
+    def read(self, path: str) -> bytes: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def create(self, path: str, data: bytes) -> None: ...
+    def exists(self, path: str) -> bool: ...
+    def list(self, prefix: str) -> list[str]: ...
+    def delete(self, path: str) -> None: ...
+
+
+class LocalFiles:
+    """Files under a folder. Data reaches the disk (fsync) before its name appears."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, path: str) -> bytes:
+        return (self.folder / path).read_bytes()
+
+    def write(self, path: str, data: bytes) -> None:
+        temporary = self._write_temporary(path, data)
+        os.replace(temporary, self.folder / path)
+        _sync_folder(temporary.parent)
+
+    def create(self, path: str, data: bytes) -> None:
+        temporary = self._write_temporary(path, data)
+        try:
+            os.link(temporary, self.folder / path)  # unlike rename, link fails when the name is taken
+        except FileExistsError:
+            raise AlreadyExists(path) from None
+        finally:
+            temporary.unlink()
+        _sync_folder(temporary.parent)
+
+    def exists(self, path: str) -> bool:
+        return (self.folder / path).is_file()
+
+    def list(self, prefix: str) -> list[str]:
+        start = self.folder / prefix
+        if not start.is_dir():
+            return []
+        found = (p for p in start.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return sorted(p.relative_to(self.folder).as_posix() for p in found)
+
+    def delete(self, path: str) -> None:
+        (self.folder / path).unlink(missing_ok=True)
+
+    def _write_temporary(self, path: str, data: bytes) -> Path:
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary
+
+
+class S3:
+    """Objects under s3://bucket/prefix; credentials and endpoint come from the environment, as boto3 reads them."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        import boto3
+
+        self.bucket, self.prefix = bucket, prefix
+        self.client = boto3.client("s3")
+
+    def read(self, path: str) -> bytes:
+        try:
+            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
+        except self.client.exceptions.NoSuchKey:
+            raise FileNotFoundError(f"s3://{self.bucket}/{self._key(path)}") from None
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+
+    def create(self, path: str, data: bytes) -> None:
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise AlreadyExists(path) from None
+            raise
+
+    def exists(self, path: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.head_object(Bucket=self.bucket, Key=self._key(path))
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                return False
+            raise
+        return True
+
+    def list(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self._key(prefix.rstrip("/") + "/")
+        )
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        cut = len(self._key(""))
+        return sorted(key[cut:] for key in keys)
+
+    def delete(self, path: str) -> None:
+        self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+
+class Storage:
+    """Everything Freshet keeps, under one root URL (`file:///folder` or `s3://bucket/prefix`)."""
+
+    def __init__(self, root: str) -> None:
+        parsed = urlparse(root)
+        self.root = root.rstrip("/")
+        self.backend: Backend
+        if parsed.scheme == "file" and parsed.path.startswith("/"):
+            self.backend = LocalFiles(Path(parsed.path))
+        elif parsed.scheme == "s3" and parsed.netloc:
+            self.backend = S3(parsed.netloc, parsed.path.strip("/"))
+        else:
+            raise BadInput(f"root {root!r} is neither file:///an/absolute/folder nor s3://bucket/prefix")
+
+    def read_bytes(self, path: str) -> bytes:
+        """The content of `path`; FileNotFoundError when absent."""
+        return self.backend.read(path)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Replace `path` atomically."""
+        self.backend.write(path, data)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Create `path` atomically; AlreadyExists when somebody else was first."""
+        self.backend.create(path, data)
+
+    def exists(self, path: str) -> bool:
+        return self.backend.exists(path)
+
+    def list(self, prefix: str) -> list[str]:
+        """Paths of all files under the folder `prefix`, sorted; temporary files are never listed."""
+        return self.backend.list(prefix)
+
+    def delete(self, path: str) -> None:
+        self.backend.delete(path)
+
+    def delete_folder(self, prefix: str) -> None:
+        for path in self.list(prefix):
+            self.delete(path)
+
+    def url(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def spark_url(self, path: str) -> str:
+        """The same place as Spark names it (S3 through Hadoop's s3a)."""
+        return self.url(path).replace("s3://", "s3a://", 1)
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_bytes(path))
+
+    def read_table(self, path: str) -> pa.Table:
+        """Read one Parquet file; BadInput names a file that is truncated or no Parquet."""
+        try:
+            return pq.read_table(pa.BufferReader(self.read_bytes(path)))
+        except pa.ArrowInvalid as error:
+            raise BadInput(f"{self.url(path)} is not a readable Parquet file ({error}); write it again") from error
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,62 @@
+"""Start a local Freshet and keep it up: `python -m infra.local.up` (what `make up` runs)."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from components.errors import FreshetError
+from infra.local.airflow import Airflow
+from infra.local.services import Supervisor
+from infra.local.stack import Stack
+
+DAGS = {"build_sequences", "pretrain", "continual_training", "rollout"}
+GPU_POOL_SLOTS = 2  # on a laptop the pool stands for cores: ranker and retriever train side by side
+
+
+def start(stack: Stack, console: Console) -> Airflow:
+    """Start every service, wait until all answer, switch the DAGs on; the client of the running Airflow."""
+    supervisor = Supervisor(stack.home)
+    with console.status("preparing folders and Airflow's database") as status:
+        stack.prepare()
+        services = stack.services()
+        for service in services:
+            supervisor.start(service)
+        for service in services:
+            status.update(f"starting {service.name} (log: {supervisor.log(service.name)})")
+            supervisor.wait_ready(service, timeout=180)
+        airflow = Airflow(stack.url("airflow"))
+        airflow.login()
+        airflow.ensure_pool("gpu", GPU_POOL_SLOTS)
+        status.update("Airflow reads the DAGs")
+        airflow.wait_for_dags(DAGS, timeout=120, tick=lambda: None)
+    return airflow
+
+
+def addresses(stack: Stack) -> str:
+    """Where to look, one line each."""
+    return "\n".join(
+        (
+            f"  Airflow  {stack.url('airflow')}   DAGs, runs, trigger forms",
+            f"  MLflow   {stack.url('mlflow')}   runs, curves, registered versions",
+            f"  server   {stack.url('serve')}/docs   recommend, rank, events; /v1/status, /metrics",
+            f"  files    {stack.home}   (logs in {stack.home}/logs)",
+        )
+    )
+
+
+def main() -> int:
+    console = Console(stderr=True)
+    try:
+        stack = Stack.default()
+        start(stack, console)
+    except FreshetError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    print(f"Freshet is up; stop it with `make down`\n{addresses(stack)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Compiled extensions; `make build` puts them here."""

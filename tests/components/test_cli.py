@@ -1,0 +1,99 @@
+"""The command line that every step gets from its config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from components.config import StepConfig, cli, form_fields, to_arguments
+from components.errors import BadInput
+
+
+class PourConfig(StepConfig):
+    cups: int = Field(2, ge=1, le=9, description="how many cups, 100 % full")
+    rate: float = Field(0.5, gt=0, description="litres a second")
+    name: str = Field("tea", description="what is poured")
+    hot: bool = Field(True, description="heat it first")
+    note: str | None = Field(None, description="anything else")
+
+
+class Poured(BaseModel):
+    config: PourConfig
+
+
+def run(config: PourConfig) -> Poured:
+    if config.name == "oil":
+        raise BadInput("oil is not poured; choose tea")
+    return Poured(config=config)
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    result: dict[str, object] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["config"]
+    return result
+
+
+def test_the_last_line_of_stdout_is_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(PourConfig, run, ["--cups=3", "--no-hot", "--root=file:///x"]) == 0
+    expected = PourConfig(cups=3, hot=False, root="file:///x")
+    assert last_line(capsys) == expected.model_dump()
+
+
+def test_the_result_is_written_where_a_pod_expects_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRESHET_RESULT_PATH", str(tmp_path / "xcom" / "return.json"))
+    assert cli(PourConfig, run, []) == 0
+    assert json.loads((tmp_path / "xcom" / "return.json").read_text())["config"]["cups"] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cups=0"], "--cups: Input should be greater than or equal to 1"),
+        (["--rate=fast"], "--rate: Input should be a valid number"),
+        (["--name=oil"], "oil is not poured; choose tea"),
+    ],
+)
+def test_wrong_input_exits_2_with_a_message(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(PourConfig, run, argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_defaults_bounds_and_what_the_step_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli(PourConfig, run, ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "how many cups, 100 % full [default 2, >= 1, <= 9]" in " ".join(shown.split())
+    assert "The command line that every step gets" in shown
+
+
+@given(st.integers(1, 9), st.floats(0.001, 1e6), st.text(min_size=1), st.booleans(), st.none() | st.text())
+def test_arguments_made_from_a_config_parse_back_to_it(
+    cups: int, rate: float, name: str, hot: bool, note: str | None
+) -> None:
+    seen: list[PourConfig] = []
+
+    def keep(config: PourConfig) -> Poured:
+        seen.append(config)
+        return Poured(config=config)
+
+    keep.__module__ = run.__module__
+    config = PourConfig(cups=cups, rate=rate, name=name, hot=hot, note=note)
+    assert cli(PourConfig, keep, to_arguments(config.model_dump())) == 0
+    assert seen == [config]
+
+
+def test_form_fields_carry_type_default_bounds_and_description() -> None:
+    fields = form_fields(PourConfig)
+    assert "root" not in fields
+    assert fields["cups"]["minimum"] == 1 and fields["cups"]["maximum"] == 9 and fields["cups"]["default"] == 2
+    assert fields["note"]["type"] == ["string", "null"]
+
+
+def test_a_digest_names_what_is_computed_not_where() -> None:
+    assert PourConfig(root="file:///a").digest() == PourConfig(root="file:///b").digest()
+    assert PourConfig(cups=1).digest() != PourConfig(cups=2).digest()

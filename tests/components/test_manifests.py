@@ -1,0 +1,38 @@
+"""Publishing a manifest is the commit of a data set: first one stands, readers see nothing before it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from components import manifests
+from components.errors import BadInput
+from components.manifests import Manifest
+from components.storage import Storage
+
+
+def write(storage: Storage, value: int) -> Manifest:
+    path = f"{manifests.new_attempt('things/one')}/part-0.parquet"
+    storage.write_table(path, pa.table({"value": [value]}))
+    return Manifest(kind="interactions", name="one", files={"data": [path]}, counts={"rows": 1})
+
+
+def test_data_is_invisible_until_its_manifest_is_published(storage: Storage) -> None:
+    manifest = write(storage, 1)
+    assert manifests.find(storage, "things/one") is None
+    with pytest.raises(BadInput, match="run the join first"):
+        manifests.require(storage, "things/one", "run the join first")
+    manifests.publish(storage, "things/one", manifest)
+    assert manifests.find_all(storage, "things") == [manifest]
+
+
+def test_the_first_of_two_attempts_stands(storage: Storage) -> None:
+    first, second = write(storage, 1), write(storage, 2)
+    assert manifests.publish(storage, "things/one", first) == first
+    assert manifests.publish(storage, "things/one", second) == first
+    assert manifests.read_part(storage, first, "data").column("value").to_pylist() == [1]
+
+
+def test_an_unknown_part_is_refused_naming_those_that_exist(storage: Storage) -> None:
+    with pytest.raises(BadInput, match="no part 'eval', only data"):
+        manifests.read_part(storage, write(storage, 1), "eval")

@@ -1,0 +1,104 @@
+"""The storage root: atomic writes, create-if-absent, the same behaviour on files and on S3."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from components.errors import AlreadyExists, BadInput
+from components.storage import LocalFiles, Storage
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    if request.param == "file":
+        return Storage(f"file://{tmp_path}/store")
+    import boto3
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": request.getfixturevalue("s3_endpoint"),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{tmp_path.name.replace('_', '-').lower()}"[:60]
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return Storage(f"s3://{bucket}/freshet")
+
+
+def test_what_is_written_is_read_back(anywhere: Storage) -> None:
+    anywhere.write_bytes("a/b.bin", b"one")
+    anywhere.write_bytes("a/b.bin", b"two")
+    assert anywhere.read_bytes("a/b.bin") == b"two"
+    assert anywhere.exists("a/b.bin") and not anywhere.exists("a")
+
+
+def test_create_succeeds_for_exactly_one_of_many(anywhere: Storage) -> None:
+    def attempt(who: int) -> int | None:
+        try:
+            anywhere.create("manifest.json", str(who).encode())
+        except AlreadyExists:
+            return None
+        return who
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [who for who in pool.map(attempt, range(16)) if who is not None]
+    assert len(winners) == 1
+    assert anywhere.read_bytes("manifest.json") == str(winners[0]).encode()
+
+
+def test_a_missing_path_is_file_not_found(anywhere: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        anywhere.read_bytes("nowhere")
+
+
+def test_listing_is_sorted_recursive_and_bound_to_the_folder(anywhere: Storage) -> None:
+    for path in ("x/2/b", "x/1/a", "xy/other"):
+        anywhere.write_bytes(path, b"")
+    assert anywhere.list("x") == ["x/1/a", "x/2/b"]
+    assert anywhere.list("absent") == []
+    anywhere.delete_folder("x")
+    assert anywhere.list("x") == []
+
+
+def test_a_truncated_parquet_file_is_named_in_the_error(anywhere: Storage) -> None:
+    anywhere.write_table("t.parquet", pa.table({"a": list(range(1000))}))
+    assert anywhere.read_table("t.parquet").num_rows == 1000
+    anywhere.write_bytes("t.parquet", anywhere.read_bytes("t.parquet")[:-20])
+    with pytest.raises(BadInput, match=r"t\.parquet is not a readable Parquet file"):
+        anywhere.read_table("t.parquet")
+
+
+def test_a_write_that_dies_midway_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = LocalFiles(tmp_path)
+    files.write("value", b"old")
+    monkeypatch.setattr("components.storage.os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        files.write("value", b"new")
+    assert files.read("value") == b"old"
+    assert files.list("") == ["value"], "temporary files are never listed"
+
+
+@pytest.mark.parametrize("root", ["relative/path", "file://relative", "http://host/x", "s3://"])
+def test_a_root_that_is_neither_files_nor_s3_is_refused(root: str) -> None:
+    with pytest.raises(BadInput, match="neither file"):
+        Storage(root)

@@ -1,0 +1,26 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from components.storage import Storage
+
+SHARED = Path(os.environ.get("FRESHET_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """An empty local store."""
+    return Storage(f"file://{tmp_path}/store")
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real logs and golden files; skips where it is absent, as in a fresh clone."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared folder of real logs and golden files, absent at {SHARED}")
+    return SHARED
