@@ -68,6 +68,10 @@ class Stack:
             **self._airflow_settings(),
         }
 
+    def process_environment(self) -> dict[str, str]:
+        """The whole environment for a child process."""
+        return {**os.environ, **self.environment}
+
     def services(self) -> list[Service]:
         airflow = [sys.executable, "-m", "airflow"]
         return [
@@ -130,8 +134,7 @@ class Stack:
             (self.home / folder).mkdir(parents=True, exist_ok=True)
         if not (self.home / "airflow" / "airflow.db").exists():
             command = [sys.executable, "-m", "airflow", "db", "migrate"]
-            environment = {**os.environ, **self.environment}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, env=self.process_environment(), capture_output=True, text=True, check=False)
             if done.returncode:
                 raise FreshetError(f"`airflow db migrate` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

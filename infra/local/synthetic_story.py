@@ -1,0 +1,135 @@
+"""The demo on the synthetic world: live users, a shift of their preferences, and a second release on its way."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+
+from components.windows import Window
+from infra.local.airflow import Airflow, DagRun
+from infra.local.stack import Stack
+from infra.local.story import Story, mean, whole_second
+
+ATTRIBUTION_S = 8
+"""Feedback of the live users comes within 5 s; a window is closed 8 s after its end."""
+
+ROLLOUT_RULES: dict[str, Any] = {
+    # Minutes instead of days: few samples suffice, and a laptop that trains beside the server may answer slowly.
+    "shadow_samples": 20,
+    "shares": "2000,5000",
+    "min_samples": 300,
+    "min_bake_s": 4,
+    "max_bake_s": 600,
+    "settle_s": 2,
+    "max_p99_ms": 5000,
+    "max_quality_drop": 0.3,
+    "require_proof": False,
+    "poll_s": 1,
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the story is; `world` and `pretrain` are settings of ingest and of the DAG pretrain."""
+
+    windows_before: int = 2
+    windows_after: int = 4
+    requests: int = 400
+    rate: float = 25.0
+    world: dict[str, Any] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
+
+
+class SyntheticStory(Story):
+    """Pretrain on the past, then learn from live windows; tastes change in the middle."""
+
+    shift_at = ""
+
+    def __init__(self, stack: Stack, airflow: Airflow, console: Console, scale: Scale | None = None) -> None:
+        super().__init__(stack, airflow, console)
+        self.scale = scale or Scale()
+
+    def tell(self) -> None:
+        self.ingest_history()
+        self.first_release()
+        self.live_windows()
+        self.second_release()
+        self.check_all_runs_succeeded()
+
+    def ingest_history(self) -> None:
+        self.history_end = whole_second().replace(second=0)
+        result = self.run_component(
+            "ingest", source="synthetic", world_end=self.history_end.isoformat(), **self.scale.world
+        )
+        bad = sum(result["quarantined"].values())
+        self.say(f"ingested {result['impressions']:,} impressions of the past; {bad} bad rows are in quarantine")
+
+    def first_release(self) -> None:
+        self.begin = whole_second()
+        join = {"join_from": (self.begin - timedelta(days=30)).isoformat(), "join_until": self.begin.isoformat()}
+        split = {"split": (self.history_end - timedelta(hours=12)).isoformat()}
+        self.run_dag("build_sequences", {**join, **split}, "build_sequences (the whole past)")
+        self.wait(self.roll_out({}, "pretrain (ranker and retriever)"), "rollout (first release)")
+        self.wait_until_ready()
+
+    def live_windows(self) -> None:
+        """Traffic of the next window runs while the last one is learned from."""
+        pending: tuple[Window, str] | None = None
+        start = self.begin
+        for number in range(self.scale.windows_before + self.scale.windows_after):
+            shifted = number >= self.scale.windows_before
+            if shifted and not self.shift_at:
+                self.shift_at = whole_second().isoformat()
+                self.say("[bold]the users' preferences shift[/bold]")
+            traffic = self.start_traffic(self.scale.requests)
+            if pending:
+                self.learn(*pending)
+            self.finish("traffic", traffic)
+            end = whole_second() + timedelta(seconds=1)
+            note = "shift" if number == self.scale.windows_before else ""
+            pending, start = (Window(start, end), note), end
+        if pending:
+            self.learn(*pending)
+        self.last_end = start
+
+    def start_traffic(self, requests: int) -> subprocess.Popen[str]:
+        return self.component(
+            "traffic",
+            server=self.stack.url("serve"),
+            requests=requests,
+            duration_s=0,
+            rate=self.scale.rate,
+            shift_at=self.shift_at,
+            seed=int(time.monotonic() * 1000) % 2**31,
+        )
+
+    def learn(self, window: Window, note: str) -> None:
+        time.sleep(max(0.0, window.end.timestamp() + ATTRIBUTION_S - time.time()))
+        self.train_window(window, {"attribution_window_s": ATTRIBUTION_S}, f"continual_training {window.key}", note)
+
+    def second_release(self) -> None:
+        """Retrain on everything so far; while users go on, the new release passes shadow and canary."""
+        self.run_dag("build_sequences", {"split": ""}, "build_sequences (with the live windows)")
+        rollout = self.roll_out({"seed": 2}, "pretrain (second release)")
+        users = self.start_traffic(0)
+        try:
+            self.wait(rollout, "rollout (second release: shadow, canary, promoted)")
+        finally:
+            users.terminate()
+            self.finish("traffic", users)
+
+    def roll_out(self, settings: dict[str, Any], doing: str) -> DagRun:
+        """Pretrain a release and start its rollout, by rules that fit a demo of minutes."""
+        pretrain = self.run_dag("pretrain", {**self.scale.pretrain, **settings, "roll_out": False}, doing)
+        return self.airflow.trigger("rollout", {**self.airflow.result(pretrain, "release"), **ROLLOUT_RULES})
+
+    def recovery(self) -> dict[str, float]:
+        """AUC after the shift, leaving out the window in which it happened."""
+        after = self.windows[self.scale.windows_before + 1 :]
+        continual, frozen = mean([w.auc for w in after]), mean([w.frozen_auc for w in after])
+        return {"continual": continual, "frozen": frozen, "difference": continual - frozen}
