@@ -39,7 +39,7 @@ class Version(BaseModel):
     checkpoint: str = Field(description="folder of its checkpoint, relative to the storage root")
     dataset: str = Field(description="sequence dataset it was pretrained on")
     windows: list[str] = Field(description="windows of that dataset")
-    parent_version: int | None = Field(None, description="version whose parameters it started from")
+    parent_version: int | None = Field(default=None, description="version whose parameters it started from")
     aliases: list[str] = []
 
 
@@ -53,14 +53,15 @@ class Registry:
     def register(self, checkpoint: Checkpoint, url: str, path: str, parent_version: int | None = None) -> Version:
         """Register a checkpoint as a version; again for the same checkpoint: the version that it is already.
 
-        url: where the checkpoint is. A local one is kept as freshet+file://..., because an MLflow server refuses
-        local paths outside its own artifact folder. path: the same, relative to the storage root.
+        url: where the checkpoint is; path: the same, relative to the storage root. An MLflow server refuses local
+        paths outside its own artifact folder, so for local storage the version's source is freshet:///<path>.
         """
         if (known := self.find(checkpoint.model, checkpoint.run_id, path)) is not None:
             return known
         self._ensure_model(checkpoint.model)
         tags = {
             "checkpoint": path,
+            "checkpoint_url": url,
             "dataset": checkpoint.dataset,
             "windows": json.dumps(checkpoint.windows),
             "config_digest": checkpoint.digest,
@@ -69,7 +70,7 @@ class Registry:
         }
         created = self.client.create_model_version(
             name=checkpoint.model,
-            source=url.replace("file://", "freshet+file://", 1) if url.startswith("file://") else url,
+            source=f"freshet:///{path}" if url.startswith("file://") else url,
             run_id=checkpoint.run_id,
             tags={TAG + name: value for name, value in tags.items()},
             description=f"Pretrained on {checkpoint.dataset}",
@@ -168,6 +169,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     """A client of the MLflow server; FreshetError when nobody answers there."""
     import urllib.request
 
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     from mlflow import MlflowClient
 
     if tracking_uri.startswith(("http://", "https://")):

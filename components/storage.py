@@ -120,7 +120,7 @@ class S3:
 
     def list(self, prefix: str) -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self._key(prefix.rstrip("/") + "/")
+            Bucket=self.bucket, Prefix=self._key(f"{prefix.rstrip('/')}/" if prefix else "")
         )
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         cut = len(self._key(""))

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from components.errors import BadInput
+from components.figures import Curve, calibration_plot
 from components.manifests import Manifest
 from components.registry import TAG, connect, origin_tags
 from components.storage import Storage
@@ -62,6 +64,11 @@ class Run:
     def figure(self, figure: Figure, path: str) -> None:
         self.client.log_figure(self.run_id, figure, path)
 
+    def calibration(self, curves: Mapping[str, Curve], title: str) -> None:
+        """The calibration plot, when the model predicts probabilities."""
+        if curves:
+            self.figure(calibration_plot(curves, title), "calibration.png")
+
     def dataset(self, storage: Storage, manifest: Manifest, path: str, context: str) -> None:
         """Note a dataset as the run's input, and keep its manifest with the run. path: the manifest's."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -103,7 +110,17 @@ class Tracker:
 
     def finish(self, run_id: str, **tags: object) -> None:
         """Complete a run whose work was committed but whose process died before saying so."""
-        run = self.client.get_run(run_id)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise BadInput(
+                f"the MLflow server does not know run {run_id}, which made what the storage holds; "
+                "use the server that belongs to this storage root, or another root"
+            ) from error
         if run.info.status != "FINISHED":
             Run(self.client, run_id).tags(tags)
             self.client.set_terminated(run_id, "FINISHED")

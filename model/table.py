@@ -171,7 +171,7 @@ class EmbeddingTable(torch.nn.Module):
             raise ValueError(f"factor must be finite and >= 0, got {factor}; discard() drops the gradients")
         for forward in self._pending:
             if forward.rows.grad is not None:
-                forward.rows.grad.mul_(factor)
+                forward.rows.grad = forward.rows.grad * factor  # not in place: autograd may share its storage
 
     def apply_gradients(self, ids: Ids, grads: Floats, lr: float | None = None, now_us: int = 0) -> int:
         """One update per distinct id of ids [n]; grads [n, dim] of repeated ids are summed. See `step`."""

@@ -1,0 +1,168 @@
+"""Read a source of events into the event log.
+
+  python -m components.ingest                                             the synthetic world's history
+  python -m components.ingest --source=kuairand --path=KuaiRand-Pure --until-time=2022-05-01
+  python -m components.ingest --source=movielens --path=ml-1m
+  python -m components.ingest --source=files --path=log.csv --kind=impressions \\
+      --columns=user_id=uid,item_id=sku,timestamp=ts,click=clicked --time-unit=iso --string-ids
+
+Writes events/impressions and events/actions by UTC hour, items/, and quarantine/ingest/ for rows that cannot be
+read, each with its reason. Above --max-bad-share the ingest fails, and nothing of it enters the event log. File names
+depend on the settings and on the content of the source, so running it again changes nothing, and running it after a
+crash repairs what the crash left. With --from-time and --until-time (half-open) a log can be replayed slice by slice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from datetime import UTC, datetime
+from types import ModuleType
+
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from components.errors import AlreadyExists, BadInput
+from components.ingest import files, kuairand, movielens, synthetic
+from components.ingest.batch import Batch
+from components.ingest.config import IngestConfig
+from components.ingest.write import event_files, items_path, write_files
+from components.storage import Storage
+from components.windows import from_us, to_us
+from components.world.config import WorldConfig
+from components.world.record import record_world, recorded_world
+
+ADAPTERS: dict[str, ModuleType] = {"kuairand": kuairand, "movielens": movielens, "files": files, "synthetic": synthetic}
+NOT_CONTENT = {"root", "path", "max_bad_share"}
+
+
+class IngestResult(BaseModel):
+    """What entered the event log and what did not; also the ingest's manifest, ingests/<name>.json."""
+
+    name: str = Field(description="source and digest of settings and content; names every file of this ingest")
+    source: str
+    event_rows: int = Field(description="event rows in the slice, bad ones and duplicates included")
+    item_rows: int = Field(description="catalogue rows, bad ones included")
+    impressions: int
+    actions: dict[str, int] = Field(description="events by action")
+    items: int
+    duplicates: int = Field(description="exact copies of earlier rows, dropped")
+    quarantined: dict[str, int] = Field(description="bad rows by reason")
+    quarantine_path: str | None
+    bad_share: float
+    first_event: datetime | None
+    last_event: datetime | None
+    files: int
+
+
+def run(config: IngestConfig) -> IngestResult:
+    """Ingest one source; a finished ingest returns its recorded result.
+
+    Raises BadInput for a missing path, wrong columns, unreadable or empty files and for too many bad rows.
+    """
+    now = datetime.now(UTC)
+    storage = Storage(config.root)
+    if config.source == "synthetic":
+        config = config.with_end_of_world(recorded_world(storage), now)
+    name = f"{config.source}-{_digest(config)}"
+    manifest = f"ingests/{name}.json"
+    if storage.exists(manifest):
+        return IngestResult.model_validate_json(storage.read_bytes(manifest))
+    batch: Batch = ADAPTERS[config.source].load(config, to_us(now))
+    quarantine = _set_aside(storage, name, batch)
+    _check(config, storage, batch, quarantine)
+    if config.source == "synthetic":
+        record_world(storage, config.world())
+    written = _write(storage, name, batch)
+    result = _result(config, name, batch, quarantine, written)
+    try:
+        storage.create(manifest, result.model_dump_json(indent=1).encode())
+    except AlreadyExists:
+        return IngestResult.model_validate_json(storage.read_bytes(manifest))
+    return result
+
+
+def _digest(config: IngestConfig) -> str:
+    """12 hex digits of the settings and, for files, of their content: the same log elsewhere has the same name."""
+    other = set() if config.source == "synthetic" else set(WorldConfig.model_fields)
+    fields = config.model_dump_json(exclude=NOT_CONTENT | other)
+    digest = hashlib.sha256(fields.encode())
+    if config.source != "synthetic":
+        for path in ADAPTERS[config.source].files(config):
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _set_aside(storage: Storage, name: str, batch: Batch) -> str | None:
+    if batch.bad.num_rows == 0:
+        return None
+    path = f"quarantine/ingest/{name}.parquet"
+    storage.write_table(path, batch.bad)
+    return path
+
+
+def _check(config: IngestConfig, storage: Storage, batch: Batch, quarantine: str | None) -> None:
+    """Refuse a batch with too many bad rows or without any."""
+    reasons = Counter(batch.bad["reason"].to_pylist())
+    if quarantine and batch.bad_share > config.max_bad_share:
+        raise BadInput(
+            f"{batch.bad.num_rows} of {batch.event_rows + batch.item_rows} rows ({batch.bad_share:.1%}) are bad, "
+            f"more than --max-bad-share {config.max_bad_share:.1%}; nothing was ingested\n{report(reasons)}"
+            f"see {storage.url(quarantine)}, then repair the source or raise --max-bad-share"
+        )
+    if batch.impressions.num_rows + batch.actions.num_rows == 0 and not (
+        config.source == "files" and config.kind == "items" and batch.items.num_rows
+    ):
+        raise BadInput(
+            f"no event lies in [{config.from_time or 'the beginning'}, {config.until_time or 'the end'}); "
+            "choose another --from-time and --until-time"
+        )
+
+
+def report(reasons: Counter[str]) -> str:
+    """A table of reasons and counts as plain text."""
+    table = Table("reason", "rows")
+    for reason, count in reasons.most_common():
+        table.add_row(reason, str(count))
+    console = Console(width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _write(storage: Storage, name: str, batch: Batch) -> int:
+    """Write items first, then events, so that no reader meets an event of an item it cannot look up."""
+    span = batch.span()
+    if batch.items.num_rows:
+        as_of = from_us(span[1]) if span else datetime(1970, 1, 1, tzinfo=UTC)
+        storage.write_table(items_path(as_of, name), batch.items)
+    files_ = event_files("impressions", batch.impressions, name) + event_files("actions", batch.actions, name)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("writing the event log", total=len(files_))
+        write_files(storage, files_, lambda: progress.advance(task))
+    return len(files_) + bool(batch.items.num_rows)
+
+
+def _result(config: IngestConfig, name: str, batch: Batch, quarantine: str | None, written: int) -> IngestResult:
+    span = batch.span()
+    return IngestResult(
+        name=name,
+        source=config.source,
+        event_rows=batch.event_rows,
+        item_rows=batch.item_rows,
+        impressions=batch.impressions.num_rows,
+        actions=dict(sorted(Counter(batch.actions["action"].to_pylist()).items())),
+        items=batch.items.num_rows,
+        duplicates=batch.duplicates,
+        quarantined=dict(sorted(Counter(batch.bad["reason"].to_pylist()).items())),
+        quarantine_path=quarantine,
+        bad_share=batch.bad_share,
+        first_event=from_us(span[0]) if span else None,
+        last_event=from_us(span[1]) if span else None,
+        files=written,
+    )

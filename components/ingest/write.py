@@ -1,0 +1,59 @@
+"""The event log's files: one per kind and UTC hour, with names that depend on the source's content alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
+import numpy as np
+import pyarrow as pa
+
+from components.ingest.batch import times_of
+from components.storage import Storage
+from components.windows import from_us
+
+HOUR_US = 3_600_000_000
+WRITERS = 16
+"""Writing waits for the disk or the network, not for the CPU."""
+
+ROWS_PER_FILE = 1_000_000
+
+
+def partition(time_us: int) -> str:
+    """dt=YYYY-MM-DD/hour=HH of a time in UTC microseconds."""
+    return f"{from_us(time_us):dt=%Y-%m-%d/hour=%H}"
+
+
+def items_path(as_of: datetime, name: str) -> str:
+    """Later files win, so an items file's name begins with the time as of which it stands."""
+    return f"items/{as_of:%Y%m%dT%H%M%S%fZ}-{name}.parquet"
+
+
+def event_files(kind: str, events: pa.Table, name: str) -> list[tuple[str, pa.Table]]:
+    """Path and rows of each file of `kind` (impressions or actions), rows in the log's total order."""
+    if events.num_rows == 0:
+        return []
+    keys = [("timestamp", "ascending"), ("request_id", "ascending"), ("item_id", "ascending")]
+    events = events.sort_by(keys)
+    hours = times_of(events) // HOUR_US
+    starts = np.flatnonzero(np.diff(hours, prepend=hours[:1] - 1))
+    ends = np.append(starts[1:], len(hours))
+    files = []
+    for start, end in zip(starts, ends, strict=True):
+        folder = f"events/{kind}/{partition(int(hours[start]) * HOUR_US)}"
+        for n, first in enumerate(range(int(start), int(end), ROWS_PER_FILE)):
+            rows = events.slice(first, min(ROWS_PER_FILE, int(end) - first))
+            files.append((f"{folder}/{name}-{n:05d}.parquet", rows))
+    return files
+
+
+def write_files(storage: Storage, files: list[tuple[str, pa.Table]], advance: Callable[[], None]) -> None:
+    """Write all files, several at a time; the first failure is raised."""
+
+    def write(file: tuple[str, pa.Table]) -> None:
+        storage.write_table(*file)
+        advance()
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, files))

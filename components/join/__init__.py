@@ -1,0 +1,1 @@
+"""Step join: impressions and actions of a window become interactions."""

@@ -1,0 +1,169 @@
+"""Parameters as numpy arrays, their safetensors form, and the replay of deltas.
+
+Only numpy is needed here, so that a reader of the log need not load torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+Files = dict[str, dict[str, Array]]
+"""The three files of an entry: tables, state, dense -> array name -> array."""
+
+FILES = ("tables", "state", "dense")
+_OPTIMIZER = "optimizer/"
+
+
+@dataclass(frozen=True, eq=False)
+class TableDelta:
+    """Rows of one slot to write and keys to erase; erasing comes first. Keys are distinct.
+
+    A server reads no optimiser state: then `state` and `last_update_us` are None.
+    """
+
+    keys: npt.NDArray[np.int64]  # [n]
+    weights: npt.NDArray[np.float32]  # [n, dim]
+    state: npt.NDArray[np.float32] | None  # [n, state_dim]: optimiser state
+    tombstones: npt.NDArray[np.int64]  # [m]
+    last_update_us: npt.NDArray[np.int64] | None  # [n]: event time of each row's newest update, 0 = unknown
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """All parameters of a model after sync point n; `optimizer` is empty when the state was not read."""
+
+    dense: dict[str, Array]
+    tables: dict[str, TableDelta]
+    optimizer: dict[str, Array] = field(default_factory=dict)
+    n: int = 0
+
+
+ParameterDelta = Parameters
+"""The same form holds a delta: all dense parameters, and per slot the changed rows and the erased keys since n - 1."""
+
+
+def fold(parts: Sequence[Parameters]) -> Parameters:
+    """Apply deltas to a snapshot, in order: the last word on each key wins. Keys come out ascending, no tombstones.
+
+    All parts must have the same slots (see `difference`).
+    """
+    newest = parts[-1]
+    tables = {slot: _fold_slot([part.tables[slot] for part in parts]) for slot in newest.tables}
+    return Parameters(newest.dense, tables, newest.optimizer, newest.n)
+
+
+def _fold_slot(parts: Sequence[TableDelta]) -> TableDelta:
+    keys, rows, offset = [], [], 0
+    for part in parts:
+        keys += [part.tombstones, part.keys]
+        rows += [np.full(len(part.tombstones), -1), np.arange(offset, offset + len(part.keys))]
+        offset += len(part.keys)
+    all_keys, all_rows = np.concatenate(keys), np.concatenate(rows)
+    order = np.argsort(all_keys, kind="stable")
+    is_last = np.append(np.diff(all_keys[order]) != 0, True)[: len(order)]
+    chosen = all_rows[order][is_last]
+    alive = chosen >= 0
+    chosen = chosen[alive]
+
+    def gather(arrays: Sequence[Array | None]) -> Array | None:
+        present = [array for array in arrays if array is not None]
+        return np.concatenate(present)[chosen] if present else None
+
+    return TableDelta(
+        keys=all_keys[order][is_last][alive],
+        weights=np.concatenate([part.weights for part in parts])[chosen],
+        state=gather([part.state for part in parts]),  # type: ignore[arg-type]
+        tombstones=np.empty(0, np.int64),
+        last_update_us=gather([part.last_update_us for part in parts]),  # type: ignore[arg-type]
+    )
+
+
+def difference(one: Parameters, other: Parameters) -> str | None:
+    """Why two parts cannot belong to one model (other slots, widths, dense names or shapes), or None."""
+    if one.tables.keys() != other.tables.keys():
+        return f"slots {sorted(one.tables)} and {sorted(other.tables)}"
+    for slot, table in one.tables.items():
+        widths = table.weights.shape[1], other.tables[slot].weights.shape[1]
+        if widths[0] != widths[1]:
+            return f"rows of slot {slot} are {widths[0]} and {widths[1]} wide"
+    shapes = [{name: array.shape for name, array in part.dense.items()} for part in (one, other)]
+    if shapes[0] != shapes[1]:
+        wrong = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
+        return f"dense parameters differ in name or shape: {', '.join(wrong)}"
+    return None
+
+
+def defect(parameters: Parameters) -> str | None:
+    """What is wrong with the arrays (dtype, shape, repeated keys), or None."""
+    for slot, table in parameters.tables.items():
+        n = len(table.keys)
+        if table.keys.dtype != np.int64 or table.tombstones.dtype != np.int64:
+            return f"keys of slot {slot} are not int64"
+        if table.keys.ndim != 1 or table.tombstones.ndim != 1:
+            return f"keys of slot {slot} are not a vector"
+        for name, rows in (("weights", table.weights), ("state", table.state)):
+            if rows is not None and (rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != n):
+                return f"{name} of slot {slot} are {rows.dtype}{list(rows.shape)}, not float32[{n}, width]"
+        updated = table.last_update_us
+        if updated is not None and (updated.dtype != np.int64 or updated.shape != (n,)):
+            return f"last_update_us of slot {slot} is {updated.dtype}{list(updated.shape)}, not int64[{n}]"
+        if len(np.unique(table.keys)) != n:
+            return f"slot {slot} names a key twice"
+    return None
+
+
+def to_files(parameters: Parameters) -> Files:
+    """The arrays of each of the three files; the weights a server reads lie apart from the trainer's state."""
+    files: Files = {"tables": {}, "state": {}, "dense": dict(parameters.dense)}
+    for slot, table in parameters.tables.items():
+        files["tables"][f"{slot}.keys"] = table.keys
+        files["tables"][f"{slot}.weights"] = table.weights
+        files["tables"][f"{slot}.tombstones"] = table.tombstones
+        for name in ("state", "last_update_us"):
+            if (array := getattr(table, name)) is not None:
+                files["state"][f"{slot}.{name}"] = array
+    files["state"] |= {_OPTIMIZER + name: array for name, array in parameters.optimizer.items()}
+    return files
+
+
+def from_files(files: Mapping[str, Mapping[str, Array]], n: int) -> Parameters:
+    """The inverse of `to_files`; without a "state" file the state stays None. KeyError names a missing array."""
+    rows, state = files["tables"], files.get("state")
+    slots = sorted({name.rpartition(".")[0] for name in rows})
+    tables = {
+        slot: TableDelta(
+            keys=rows[f"{slot}.keys"],  # type: ignore[arg-type]
+            weights=rows[f"{slot}.weights"],  # type: ignore[arg-type]
+            state=None if state is None else state[f"{slot}.state"],  # type: ignore[arg-type]
+            tombstones=rows[f"{slot}.tombstones"],  # type: ignore[arg-type]
+            last_update_us=None if state is None else state[f"{slot}.last_update_us"],  # type: ignore[arg-type]
+        )
+        for slot in slots
+    }
+    optimizer = {name[len(_OPTIMIZER) :]: a for name, a in (state or {}).items() if name.startswith(_OPTIMIZER)}
+    return Parameters(dict(files["dense"]), tables, optimizer, n)
+
+
+def encode(arrays: Mapping[str, Array]) -> bytes:
+    """safetensors bytes; equal arrays give equal bytes."""
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()})
+
+
+def decode(data: bytes) -> dict[str, Array]:
+    """Inverse of `encode`; ValueError when the bytes are no safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,185 @@
+"""Builds the observation: what the logs and the server say about the stage's period."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from components.rollout.assignment import serves_challenger
+from components.rollout.evidence import Arm, Observation, Serving
+from components.rollout.policy import Policy
+from components.rollout.state import Release, RolloutState
+from components.storage import Storage
+
+NO_SERVER = "none"
+_KEY = ["request_id", "user_id", "item_id"]
+_STATUS_TIMEOUT_S = 5.0
+
+
+def observe(storage: Storage, state: RolloutState, now: datetime, server_url: str) -> Observation:
+    """What is known about the rollout at `now`, as far as the stage needs it. Missing data is left out, never made up.
+
+    `server_url`: the server whose own counts are asked for, or 'none' to judge without them.
+    """
+    if state.challenger is None or state.policy is None:
+        return Observation()
+    if state.stage == "gate":
+        return _offline(storage, state.champion, state.challenger)
+    if state.stage not in ("shadow", "canary"):
+        return Observation()
+    since = state.stage_since + timedelta(seconds=state.policy.settle_s)
+    role = "shadow" if state.stage == "shadow" else "serving"
+    serving, notes = _ask(server_url, state.challenger, role) if server_url != NO_SERVER else (None, ())
+    common: dict[str, Any] = {"serving": serving, "serving_required": server_url != NO_SERVER, "notes": notes}
+    if state.stage == "shadow":
+        return Observation(shadow=shadow_counts(storage, state.challenger.ranker, since, now), **common)
+    arms, misassigned = arm_counts(storage, state, state.policy, since, now)
+    return Observation(**arms, misassigned=misassigned, **common)
+
+
+def _offline(storage: Storage, champion: Release | None, challenger: Release) -> Observation:
+    return Observation(
+        offline_champion=offline_metrics(storage, champion) if champion else {},
+        offline_challenger=offline_metrics(storage, challenger),
+    )
+
+
+def offline_metrics(storage: Storage, release: Release) -> dict[str, float]:
+    """'model.metric' -> value from the pretrained snapshots' manifests; models that are not published are left out."""
+    metrics = {}
+    for model, version in (("ranker", release.ranker), ("retriever", release.retriever)):
+        path = f"parameters/{model}/{version}/snapshot-0/manifest.json"
+        if storage.exists(path):
+            for name, value in storage.read_json(path).get("metrics", {}).items():
+                if math.isfinite(value):
+                    metrics[f"{model}.{name}"] = float(value)
+    return metrics
+
+
+def newest_version(storage: Storage, model: str) -> int | None:
+    """The highest version of the model that has a published snapshot."""
+    found = {
+        int(p.split("/")[2]) for p in storage.list(f"parameters/{model}") if p.endswith("snapshot-0/manifest.json")
+    }
+    return max(found, default=None)
+
+
+def arm_counts(
+    storage: Storage, state: RolloutState, policy: Policy, since: datetime, now: datetime
+) -> tuple[dict[str, Arm], int]:
+    """Counts of both arms over impressions in [since, now), and how many users saw a track that is not theirs."""
+    impressions = _read(storage, "impressions", since, now, [*_KEY, "track"])
+    tracked = impressions.filter(pc.is_in(impressions["track"], pa.array(["champion", "challenger"])))
+    tracked = tracked.group_by([*_KEY, "track"]).aggregate([])  # one row per impression, however often it was sent
+    actions = _read(storage, "actions", since, now, [*_KEY, "action"])
+    hits = actions.filter(pc.equal(actions["action"], policy.quality_action)).group_by(_KEY).aggregate([])
+    hits = hits.append_column("hit", pa.array([1] * hits.num_rows, pa.int64()))
+    joined = tracked.join(hits, keys=_KEY, join_type="left outer")
+    joined = joined.set_column(joined.schema.get_field_index("hit"), "hit", pc.fill_null(joined["hit"], 0))
+    users = joined.group_by(["user_id", "track"]).aggregate([("hit", "sum"), ("hit", "count")])
+    rows = users.to_pylist()
+    wrong = {
+        row["user_id"]
+        for row in rows
+        if (row["track"] == "challenger") != serves_challenger(row["user_id"], state.salt, state.share)
+    }
+    arms = {track: _arm([row for row in rows if row["track"] == track]) for track in ("champion", "challenger")}
+    return arms, len(wrong)
+
+
+def _arm(users: list[dict[str, Any]]) -> Arm:
+    pairs = [(row["hit_count"], row["hit_sum"]) for row in users]
+    return Arm(
+        users=len(pairs),
+        impressions=sum(n for n, _ in pairs),
+        hits=sum(x for _, x in pairs),
+        sum_nn=sum(n * n for n, _ in pairs),
+        sum_xx=sum(x * x for _, x in pairs),
+        sum_nx=sum(n * x for n, x in pairs),
+    )
+
+
+def shadow_counts(storage: Storage, version: int, since: datetime, now: datetime) -> Serving:
+    """What the shadow log says of this ranker version: requests, failed ones, and ones without any scored item."""
+    columns = ["request_id", "item_id", "error", "version"]
+    rows = _read_folders(
+        storage, (f"serving/shadow/dt={day:%Y-%m-%d}" for day in _days(since, now)), since, now, columns
+    )
+    rows = rows.filter(pc.equal(rows["version"], version))
+    failed = set(rows.filter(pc.is_valid(rows["error"]))["request_id"].to_pylist())
+    scored = set(rows.filter(pc.is_valid(rows["item_id"]))["request_id"].to_pylist())
+    requests = set(rows["request_id"].to_pylist())
+    return Serving(requests=len(requests), errors=len(failed), empty=len(requests - scored - failed))
+
+
+def _ask(server_url: str, challenger: Release, role: str) -> tuple[Serving | None, tuple[str, ...]]:
+    """The server's own counts of the challenger (role: serving or shadow), or None and why they are not known."""
+    url = f"{server_url.rstrip('/')}/v1/status"
+    try:
+        response = httpx.get(url, timeout=_STATUS_TIMEOUT_S)
+        response.raise_for_status()
+        track = response.json()["tracks"].get("challenger")
+        if track is None:
+            return None, (f"{url} shows no challenger yet",)
+        if (track["ranker"]["version"], track["retriever"]["version"]) != (challenger.ranker, challenger.retriever):
+            return None, (f"{url} has another challenger loaded than {challenger}",)
+        counts = track["shadow"] if role == "shadow" else track
+        return Serving(**{name: counts[name] for name in ("requests", "errors", "empty", "p99_ms")}), ()
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, (f"{url} gave no counts of the challenger: {error!r}",)
+
+
+def _read(storage: Storage, kind: str, since: datetime, now: datetime, columns: list[str]) -> pa.Table:
+    """Rows of the event log with timestamp in [since, now), projected to `columns`."""
+    folders = (f"events/{kind}/dt={hour:%Y-%m-%d}/hour={hour:%H}" for hour in _hours(since, now))
+    return _read_folders(storage, folders, since, now, columns)
+
+
+def _read_folders(
+    storage: Storage, folders: Iterator[str], since: datetime, now: datetime, columns: list[str]
+) -> pa.Table:
+    tables = []
+    for folder in folders:
+        for path in storage.list(folder):
+            if path.endswith(".parquet"):
+                source = pa.BufferReader(storage.read_bytes(path))
+                table = pq.read_table(source, columns=[*columns, "timestamp"])
+                in_period = pc.and_(
+                    pc.greater_equal(table["timestamp"], pa.scalar(since)), pc.less(table["timestamp"], pa.scalar(now))
+                )
+                tables.append(table.filter(in_period).select(columns))
+    if tables:
+        return pa.concat_tables(tables, promote_options="default")
+    return pa.table({name: pa.array([], _TYPES[name]) for name in columns})
+
+
+_TYPES = {
+    "request_id": pa.int64(),
+    "user_id": pa.int64(),
+    "item_id": pa.int64(),
+    "track": pa.string(),
+    "action": pa.string(),
+    "error": pa.string(),
+    "version": pa.int32(),
+}
+
+
+def _hours(since: datetime, now: datetime) -> Iterator[datetime]:
+    hour = since.replace(minute=0, second=0, microsecond=0)
+    while hour <= now:
+        yield hour
+        hour += timedelta(hours=1)
+
+
+def _days(since: datetime, now: datetime) -> Iterator[datetime]:
+    day = since.replace(hour=0, minute=0, second=0, microsecond=0)
+    while day <= now:
+        yield day
+        day += timedelta(days=1)

@@ -1,0 +1,113 @@
+"""Sequence datasets as training needs them: users, the range of event times learned from, and the items of then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from components import manifests
+from components.errors import BadInput
+from components.manifests import Manifest
+from components.schemas import ITEMS
+from components.storage import Storage
+
+if TYPE_CHECKING:
+    from model.catalogue import ItemCatalogue
+    from model.dataset import SequenceDataset
+
+Int64s = npt.NDArray[np.int64]
+
+
+def dataset_folder(dataset: str) -> str:
+    return f"sequences/{dataset}"
+
+
+def manifest_path(dataset: str) -> str:
+    return f"{dataset_folder(dataset)}/{manifests.NAME}"
+
+
+def require_dataset(storage: Storage, dataset: str) -> Manifest:
+    """The manifest of a sequence dataset; BadInput when it is not published."""
+    return manifests.require(storage, dataset_folder(dataset), "run python -m components.sequences, or check --dataset")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part (train or eval) of a dataset. New interactions are those from new_from on: what is learned from."""
+
+    users: SequenceDataset | None  # None: no new interaction
+    new: dict[str, Int64s]  # the new interactions: timestamp (us), item_id, user_id, page, actions (bitmask), each [n]
+
+    @property
+    def event_range(self) -> tuple[int, int] | None:
+        """First and newest event time (us); None without events."""
+        times = self.new["timestamp"]
+        return (int(times.min()), int(times.max())) if len(times) else None
+
+
+def read_part(storage: Storage, manifest: Manifest, part: str) -> Part:
+    """Read one part; BadInput when the dataset has none of that name."""
+    from model.dataset import SequenceDataset
+
+    if part not in manifest.files:
+        raise BadInput(f"dataset {manifest.name} has no part {part!r}, only {', '.join(manifest.files)}")
+    tables = [storage.read_table(path) for path in manifest.files[part]]
+    tables = [table for table in tables if len(table)]
+    new = {name: _new(tables, name) for name in ("timestamp", "item_id", "user_id", "page", "actions")}
+    return Part(SequenceDataset.from_tables(tables) if len(new["timestamp"]) else None, new)
+
+
+def _new(tables: list[pa.Table], column: str) -> Int64s:
+    """The values of a column from each row's new_from on; a plain column's value belongs to all of its row."""
+    found = [np.empty(0, np.int64)]
+    for table in tables:
+        lengths = pc.list_value_length(table["timestamp"]).to_numpy()
+        is_list = pa.types.is_list(table[column].type) or pa.types.is_large_list(table[column].type)
+        values = pc.list_flatten(table[column]).to_numpy() if is_list else np.repeat(table[column].to_numpy(), lengths)
+        place = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        found.append(values[place >= np.repeat(table["new_from"].to_numpy(), lengths)])
+    return np.concatenate(found).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Items:
+    """The item log: side features, and when each item is available."""
+
+    catalogue: ItemCatalogue
+    item_id: Int64s  # ascending
+    available_from: Int64s  # us
+    available_until: Int64s  # us
+
+    def available(self, event_range: tuple[int, int]) -> Int64s:
+        """Items that were available at some time within the range, ends included."""
+        first, last = event_range
+        return self.item_id[(self.available_from <= last) & (self.available_until > first)]
+
+
+def read_items(storage: Storage) -> Items:
+    """All items/*.parquet in order of name; a later row of the same item wins."""
+    from model.catalogue import ItemCatalogue
+
+    paths = [path for path in storage.list("items") if path.endswith(".parquet")]
+    table = pa.concat_tables(
+        [ITEMS.empty_table(), *(storage.read_table(p).select(ITEMS.names).cast(ITEMS) for p in paths)]
+    )
+    ids = table["item_id"].to_numpy()
+    unique, last = np.unique(ids[::-1], return_index=True)
+    place = len(ids) - 1 - last
+    limits = np.iinfo(np.int64)
+    return Items(
+        ItemCatalogue.from_tables([table]),
+        unique,
+        _times(table["available_from"], limits.min)[place],
+        _times(table["available_until"], limits.max)[place],
+    )
+
+
+def _times(column: pa.ChunkedArray, missing: int) -> Int64s:
+    return column.cast(pa.int64()).fill_null(missing).to_numpy()

@@ -1,0 +1,1 @@
+"""Step sequences: interactions become the sequences that training reads."""

@@ -1,0 +1,239 @@
+"""One version in memory, following its parameter log: newest snapshot, then every delta in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from components.errors import CorruptLog
+from components.parameters.arrays import Parameters
+from components.parameters.bridge import build_model
+from components.parameters.log import LogManifest
+from components.parameters.reader import LogReader
+from components.serve.locks import ReadWriteLock
+from components.serve.metrics import Metrics
+from components.storage import Storage
+from model.catalogue import ItemCatalogue
+from model.ranker import Ranker
+from model.retriever import Retriever
+from model.table import EmbeddingTable
+
+Model = Ranker | Retriever
+RETRY_S = 5.0
+"""Seconds between attempts to read a damaged log again."""
+LISTING_S = 30.0
+"""Seconds between searches for gaps in a log."""
+log = logging.getLogger("freshet.serve.sync")
+
+
+@dataclass
+class Served:
+    """A model and the sync point it stands at; both change under the write lock only."""
+
+    model: Model
+    n: int
+    learned_until_us: int | None
+    lock: ReadWriteLock = field(default_factory=ReadWriteLock)
+
+    def rows(self) -> int:
+        """Rows in all embedding tables."""
+        return sum(table.stats()["rows"] for table in _tables(self.model).values())
+
+
+class LoadedVersion:
+    """A version that serves. `sync` is called by one thread; requests read concurrently."""
+
+    def __init__(self, storage: Storage, name: str, version: int, catalogue: ItemCatalogue, metrics: Metrics) -> None:
+        """Load the version at head, or, when its log is damaged, at the newest point that can be proven.
+
+        Raises BadInput when nothing is published, CorruptLog when nothing can be proven.
+        """
+        self.name, self.version = name, version
+        self.error: str | None = None
+        self._reader = LogReader(storage, name, version)
+        self._catalogue = catalogue
+        self._metrics = metrics
+        self._retry_at = self._next_listing = 0.0
+        self._served = self._load_what_is_sound()
+
+    @property
+    def n(self) -> int:
+        """The sync point being served."""
+        return self._served.n
+
+    @property
+    def learned_until_us(self) -> int | None:
+        """Newest event that the served parameters learned from."""
+        return self._served.learned_until_us
+
+    def rows(self) -> int:
+        """Rows in all embedding tables."""
+        return self._served.rows()
+
+    def reach(self) -> int:
+        """How many of a user's newest events can influence a score."""
+        config = self._served.model.config
+        return config.window * config.layers
+
+    def label(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @contextmanager
+    def reading(self) -> Iterator[Served]:
+        """The model and its sync point, held still: no delta is applied meanwhile."""
+        served = self._served
+        with served.lock.read():
+            yield served
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Use new side features of items."""
+        self._catalogue = catalogue
+        with self._served.lock.write():
+            self._served.model.catalogue = catalogue
+
+    def sync(self) -> int:
+        """Apply what was published since; returns how many sync points went live.
+
+        A damaged log changes nothing that serves: the error is kept in `error`, and the whole log is read again, now
+        and every RETRY_S, until a reload succeeds.
+        """
+        if self.error is None:
+            try:
+                return self._advance()
+            except CorruptLog as error:
+                self._damaged(error)
+                self._retry_at = 0.0
+        if time.monotonic() < self._retry_at:
+            return 0
+        try:
+            return self._resync()
+        except CorruptLog as error:
+            self._damaged(error)
+            return 0
+
+    def _advance(self) -> int:
+        applied = 0
+        while True:
+            n = self._served.n + 1
+            entry = self._reader.find("delta", n)
+            if entry is None:
+                self._look_for_gap(n)
+                return applied
+            self._apply(self._reader.delta(n), entry.manifest)
+            applied += 1
+
+    def _look_for_gap(self, n: int) -> None:
+        """Listing a long log takes time, so this is done now and then."""
+        if time.monotonic() < self._next_listing:
+            return
+        self._next_listing = time.monotonic() + LISTING_S
+        if self._reader.head() >= n and self._reader.find("delta", n) is None:
+            raise CorruptLog(f"delta {n} of {self.label()} is missing although later points are published: a gap")
+
+    def _resync(self) -> int:
+        before = self._served.n
+        self._served = self._load(None)  # requests that are under way finish on the old one
+        self.error = None
+        self._metrics.resyncs.labels(self.name).inc()
+        self._metrics.log_corrupt.labels(self.name, self.version).set(0)
+        log.warning("%s: the log is sound again; reloaded from %d to %d", self.label(), before, self._served.n)
+        return max(self._served.n - before, 0)
+
+    def _damaged(self, error: CorruptLog) -> None:
+        if str(error) != self.error:
+            log.error("%s stays where it is: %s", self.label(), error)
+        self.error = str(error)
+        self._retry_at = time.monotonic() + RETRY_S
+        self._metrics.sync_errors.inc()
+        self._metrics.log_corrupt.labels(self.name, self.version).set(1)
+
+    def _load_what_is_sound(self) -> Served:
+        try:
+            return self._load(None)
+        except CorruptLog as error:
+            self._damaged(error)
+            damage = error
+        for base in reversed(self._reader.snapshots()):
+            try:
+                self._served = self._load(base)
+            except CorruptLog:
+                continue
+            try:
+                self._advance()
+            except CorruptLog:
+                log.error("%s serves sync point %d, the last sound one", self.label(), self._served.n)
+            return self._served
+        raise damage
+
+    def _load(self, as_of: int | None) -> Served:
+        parameters = self._reader.load(as_of)
+        manifest = self._reader.manifest(parameters.n)
+        model = _build(self.name, manifest, self._catalogue)
+        _prove(model, parameters, self.label())
+        served = Served(model, parameters.n, manifest.learned_until_us)
+        _write(model, parameters)
+        return served
+
+    def _apply(self, delta: Parameters, manifest: LogManifest) -> None:
+        served = self._served
+        _prove(served.model, delta, self.label())
+        started = time.perf_counter()
+        with served.lock.write():
+            _write(served.model, delta)
+            served.n = manifest.n
+            served.learned_until_us = manifest.learned_until_us
+        seconds = time.perf_counter() - started
+        self._metrics.apply.labels(self.name).observe(seconds)
+        log.info("%s: delta %d live after %.1f ms, %s", self.label(), manifest.n, 1e3 * seconds, manifest.rows)
+
+
+def _build(name: str, manifest: LogManifest, catalogue: ItemCatalogue) -> Model:
+    model = build_model(name, manifest.config, catalogue)
+    assert isinstance(model, Ranker | Retriever)
+    model.eval()
+    return model
+
+
+def _prove(model: Model, parameters: Parameters, label: str) -> None:
+    """Everything that could fail is checked before the first row is written, so that an apply is all or nothing."""
+    problem = _misfit(model, parameters)
+    if problem:
+        raise CorruptLog(f"point {parameters.n} of {label} does not fit the model: {problem}; train a new version")
+
+
+def _misfit(model: Model, parameters: Parameters) -> str | None:
+    tables = _tables(model)
+    if tables.keys() != parameters.tables.keys():
+        return f"slots {sorted(parameters.tables)} instead of {sorted(tables)}"
+    for slot, rows in parameters.tables.items():
+        if rows.weights.shape[1:] != (tables[slot].dim,):
+            return f"rows of slot {slot} are {rows.weights.shape[1]} wide instead of {tables[slot].dim}"
+        if not np.isfinite(rows.weights).all():
+            return f"slot {slot} has weights that are not finite"
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in parameters.dense.items()}
+    if expected != found:
+        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        return f"dense parameters differ in name or shape: {', '.join(wrong)}"
+    return None
+
+
+def _write(model: Model, parameters: Parameters) -> None:
+    dense = {name: torch.from_numpy(np.array(value)) for name, value in parameters.dense.items()}
+    model.load_state_dict(dense, strict=True)
+    tables = _tables(model)
+    for slot, rows in parameters.tables.items():
+        tables[slot].erase(rows.tombstones)
+        tables[slot].upsert(rows.keys, rows.weights)
+    for table in tables.values():
+        table.drop_tombstones(table.advance_epoch())  # only a trainer exports deltas
+
+
+def _tables(model: Model) -> dict[str, EmbeddingTable]:
+    return {slot: table for slot, table in model.tables().items() if isinstance(table, EmbeddingTable)}

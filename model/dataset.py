@@ -1,0 +1,130 @@
+"""Sequence rows (Parquet) -> users, and users -> batches in a declared order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from components.errors import BadInput
+from model.inputs import EVENT_DTYPES, UserEvents
+
+POOL = 16
+"""Batches drawn together: lengths are sorted within such a pool, so that a batch holds users of similar length."""
+
+
+class SequenceDataset:
+    """Users of one sequence dataset, by index, without copying their events."""
+
+    def __init__(self, table: pa.Table) -> None:
+        """table: rows of the sequence schema, one per user. Raises BadInput for a missing or null column."""
+        wanted = ["user_id", "new_from", *EVENT_DTYPES]
+        if missing := [name for name in wanted if name not in table.column_names]:
+            raise BadInput(f"the sequences lack the columns {', '.join(missing)}; build them with build-sequences")
+        self.user_id = table["user_id"].to_numpy().astype(np.int64)
+        self.new_from = table["new_from"].to_numpy().astype(np.int64)
+        self._values: dict[str, NDArray] = {}
+        self._offsets: dict[str, NDArray[np.int64]] = {}
+        for name, dtype in EVENT_DTYPES.items():
+            self._values[name], self._offsets[name] = _lists(table[name], name, dtype)
+
+    @classmethod
+    def from_tables(cls, tables: Iterable[pa.Table]) -> SequenceDataset:
+        """From the tables of a dataset's parts, in the order of the manifest."""
+        parts = list(tables)
+        if not parts:
+            raise BadInput("no sequence parts to read; check that the dataset's manifest names some")
+        return cls(pa.concat_tables(parts, promote_options="permissive"))
+
+    @classmethod
+    def from_path(cls, folder: str | Path) -> SequenceDataset:
+        """From the Parquet files of one local folder (train/ or eval/ of a dataset), in order of name."""
+        files = sorted(Path(folder).glob("*.parquet"))
+        if not files:
+            raise BadInput(f"no Parquet files in {folder}; give the train or eval folder of a sequence dataset")
+        return cls.from_tables(pq.ParquetFile(file).read() for file in files)
+
+    def __len__(self) -> int:
+        return len(self.user_id)
+
+    def __getitem__(self, index: int) -> UserEvents:
+        """The events of one user, as views."""
+        arrays = {}
+        for name, values in self._values.items():
+            offsets = self._offsets[name]
+            arrays[name] = values[offsets[index] : offsets[index + 1]]
+        return UserEvents(user_id=int(self.user_id[index]), new_from=int(self.new_from[index]), **arrays)
+
+    def users(self, indices: Iterable[int]) -> list[UserEvents]:
+        """Several users."""
+        return [self[int(index)] for index in indices]
+
+    def interactions(self) -> int:
+        """Number of interactions, context included."""
+        return int(self._offsets["item_id"][-1])
+
+    def targets(self) -> int:
+        """Number of interactions that are trained on or evaluated."""
+        counts = np.diff(self._offsets["item_id"])
+        return int(np.maximum(counts - self.new_from, 0).sum())
+
+    def tokens(self) -> NDArray[np.int64]:
+        """(users,) an upper bound of each user's tokens."""
+        return sum(np.diff(self._offsets[name]) for name in ("item_id", "action_of", "aux_slot"))  # type: ignore[return-value]
+
+    def first_new(self) -> NDArray[np.int64]:
+        """(users,) time of the first new interaction in microseconds; the largest int64 if there is none."""
+        offsets = self._offsets["item_id"]
+        place = offsets[:-1] + self.new_from
+        times = np.full(len(self), np.iinfo(np.int64).max)
+        some = place < offsets[1:]
+        times[some] = self._values["timestamp"][place[some]]
+        return times
+
+    def shuffled(self, budget: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+        """Batches of user indices for one epoch: a function of (dataset, budget, seed, epoch) alone."""
+        random = np.random.default_rng([seed, epoch])
+        tokens = self.tokens()
+        order = random.permutation(self._with_targets())
+        batches: list[NDArray[np.int64]] = []
+        for pool in _cut(order, tokens, budget * POOL):
+            batches.extend(_cut(pool[np.argsort(tokens[pool], kind="stable")], tokens, budget))
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def in_event_order(self, budget: int) -> list[NDArray[np.int64]]:
+        """Batches for one pass, users ordered by their first new interaction."""
+        users = self._with_targets()
+        return list(_cut(users[np.argsort(self.first_new()[users], kind="stable")], self.tokens(), budget))
+
+    def _with_targets(self) -> NDArray[np.int64]:
+        return np.flatnonzero(np.diff(self._offsets["item_id"]) > self.new_from)
+
+
+def _lists(column: pa.ChunkedArray, name: str, dtype: np.dtype) -> tuple[NDArray, NDArray[np.int64]]:
+    """Values and offsets of a list column; large and plain lists alike."""
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or column.null_count:
+        raise BadInput(f"sequence column {name} must hold lists and no nulls; it is {column.type}")
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+        array = pa.array([], column.type)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    if not len(offsets):
+        offsets = np.zeros(1, dtype=np.int64)
+    values = array.values.to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(values, dtype=dtype), offsets
+
+
+def _cut(order: NDArray[np.int64], tokens: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+    """Cut into runs of at most `budget` tokens; a longer user is a run of its own."""
+    total, first = 0, 0
+    for place, count in enumerate(tokens[order].tolist()):
+        if total + count > budget and place > first:
+            yield order[first:place]
+            total, first = 0, place
+        total += count
+    if first < len(order):
+        yield order[first:]

@@ -1,0 +1,66 @@
+"""Tokens -> vectors: open vocabularies come from embedding tables, small closed ones from dense parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.errors import BadInput
+from components.schemas import ACTIONS
+from model.inputs import ACTION, IMPRESSION, KINDS, REQUEST, VALUE_BUCKETS, Tokens
+from model.settings import ModelConfig
+from model.table import EmbeddingTable
+
+SLOTS = ("item", "author", "category", "page", "duration", "user")
+_ITEM_KINDS = (IMPRESSION, ACTION)
+
+
+def make_table(config: ModelConfig, slot: str, dim: int, *, init_scale: float | None = None) -> EmbeddingTable:
+    """A table with the model's row optimiser and seed."""
+    return EmbeddingTable(
+        slot,
+        dim,
+        optimizer=config.table_optimizer,
+        learning_rate=config.table_lr,
+        init_scale=config.init_scale if init_scale is None else init_scale,
+        seed=config.seed,
+        initial_accumulator=config.table_accumulator,
+    )
+
+
+class TokenEmbedding(nn.Module):
+    """Sum of the embeddings of a token's features; a feature that a kind of token lacks adds nothing."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        names = config.slot_names()
+        if unknown := sorted(set(names) - set(SLOTS)):
+            raise BadInput(f"unknown slots {', '.join(unknown)}; known are {', '.join(SLOTS)}")
+        self.tables = nn.ModuleDict({name: make_table(config, name, config.dim) for name in names})
+        self.kind = _small(KINDS, config.dim)
+        self.action = _small(len(ACTIONS), config.dim)
+        self.value = _small(VALUE_BUCKETS, config.dim)
+        self.hour = _small(24, config.dim) if config.hour_of_day else None
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """(T,) tokens -> (T, dim)."""
+        kind = tokens.kind
+        has_item = (kind == IMPRESSION) | (kind == ACTION)
+        asks = (kind == IMPRESSION) | (kind == REQUEST)
+        acted = (kind == ACTION).nonzero().squeeze(1)
+        x = self.kind[kind]
+        where = {"page": kind != ACTION, "user": asks}
+        for name, table in self.tables.items():
+            rows = where.get(name, has_item).nonzero().squeeze(1)
+            x = x.index_add(0, rows, table(getattr(tokens, name)[rows]))
+        bits = (tokens.action[acted, None] >> torch.arange(len(ACTIONS))) & 1
+        x = x.index_add(0, acted, bits.to(x.dtype) @ self.action + self.value[tokens.value[acted]])
+        if self.hour is not None:
+            rows = asks.nonzero().squeeze(1)
+            x = x.index_add(0, rows, self.hour[(tokens.query_time[rows] // 3600) % 24])
+        return x
+
+
+def _small(rows: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, dim).normal_(0, 0.02))

@@ -1,0 +1,196 @@
+"""Training of either model: dense parameters by Adam, tables by their row optimisers; exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from components.errors import BadInput
+from model.dataset import SequenceDataset
+from model.inputs import MICROSECONDS, UserEvents
+from model.sequence_model import SequenceModel
+from model.table import EmbeddingTable, TableDelta
+
+ROW_PARTS = ("keys", "weights", "state", "last_update_us")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Report of one training step. `done` and `total` count batches of this call of fit."""
+
+    step: int
+    epoch: int
+    done: int
+    total: int
+    loss: float
+    targets: int
+    gradient_norm: float
+    event_time_us: int
+
+
+class Trainer:
+    """Trains and evaluates one model. All state that training depends on is in `export_state`."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        c = model.config
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=c.dense_lr, betas=(0.9, 0.98), weight_decay=c.weight_decay
+        )
+        self.step = 0
+
+    def fit(
+        self,
+        dataset: SequenceDataset,
+        *,
+        continual: bool = False,
+        epochs: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        start: int = 0,
+    ) -> dict[str, float]:
+        """Train; returns the mean loss of the last epoch, and the counts of steps, targets and clipped steps.
+
+        continual: one pass in event order at the continual learning rates. epochs: instead of the config's.
+        start: number of batches of this call already done (resume after export_state, same dataset and settings).
+        """
+        c = self.model.config
+        plan = self._plan(dataset, continual, epochs)
+        losses: list[tuple[int, float, int]] = []
+        self.model.train()
+        for done, (epoch, users) in enumerate(plan):
+            if done < start:
+                continue
+            pace = 1.0 if continual else self._pace(done, len(plan))
+            for group in self.optimizer.param_groups:
+                group["lr"] = (c.continual_dense_lr if continual else c.dense_lr) * pace
+            report = self._train_batch(dataset.users(users), continual, pace, (epoch, done + 1, len(plan)))
+            losses.append((epoch, report.loss, report.targets))
+            if on_step is not None:
+                on_step(report)
+        last = [(loss, n) for epoch, loss, n in losses if epoch == plan[-1][0]] if plan else []
+        seen = sum(n for _, n in last)
+        loss = sum(value * n for value, n in last) / seen if seen else float("nan")
+        return {"loss": loss, "steps": float(len(losses)), "targets": float(sum(n for *_, n in losses))}
+
+    def _plan(
+        self, dataset: SequenceDataset, continual: bool, epochs: int | None
+    ) -> list[tuple[int, NDArray[np.int64]]]:
+        c = self.model.config
+        if continual:
+            return [(0, users) for users in dataset.in_event_order(c.continual_batch_tokens)]
+        count = c.epochs if epochs is None else epochs
+        return [(e, users) for e in range(count) for users in dataset.shuffled(c.batch_tokens, c.seed, e)]
+
+    def _pace(self, done: int, total: int) -> float:
+        """Factor of the learning rates in pretraining: linear warm-up, then linear decay to final_lr."""
+        c = self.model.config
+        decay = 1.0 - (1.0 - c.final_lr) * done / max(total, 1)
+        return min(decay, (done + 1) / max(c.warmup * total, 1.0))
+
+    def _train_batch(self, users: list[UserEvents], continual: bool, pace: float, place: tuple[int, int, int]) -> Step:
+        tokens = self.model.tokens(users)
+        tables = self.model.tables()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.model.config.seed << 32) + self.step)  # dropout is a function of the step
+            loss, targets = self.model.loss(tokens)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = self._clip(tables)
+        self.optimizer.step()
+        event_time = int(tokens.query_time.max()) * MICROSECONDS
+        for slot, table in tables.items():
+            table.scale_gradients(float(targets))  # a row learns from the sum over its events, whatever the batch
+            table.step(self.model.table_lr(slot, continual) * pace, event_time)
+        self.step += 1
+        return Step(self.step, *place, float(loss.detach()), targets, norm, event_time)
+
+    def _clip(self, tables: dict[str, EmbeddingTable]) -> float:
+        """Scale all gradients, dense and of tables, so that their joint norm is at most clip_norm."""
+        squares = sum(float(p.grad.double().square().sum()) for p in self.parameters.values() if p.grad is not None)
+        norm = float(np.sqrt(squares + sum(table.gradient_squared_norm() for table in tables.values())))
+        limit = self.model.config.clip_norm
+        if norm > limit:
+            for p in self.parameters.values():
+                if p.grad is not None:
+                    p.grad.mul_(limit / norm)
+            for table in tables.values():
+                table.scale_gradients(limit / norm)
+        return norm
+
+    def predict(self, dataset: SequenceDataset) -> dict[str, NDArray]:
+        """The model's outputs at every target, concatenated; `user` is the index in the dataset."""
+        self.model.train(False)
+        parts: list[dict[str, NDArray]] = []
+        with torch.no_grad():
+            for users in dataset.in_event_order(self.model.config.batch_tokens):
+                tokens = self.model.tokens(dataset.users(users))
+                parts.append(self.model.evaluate_batch(tokens))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+    def evaluate(self, dataset: SequenceDataset) -> dict[str, float]:
+        """Metrics over the dataset's targets; nothing is learned and no row is inserted."""
+        outputs = self.predict(dataset)
+        if not outputs:
+            raise BadInput("nothing to evaluate; the dataset has no interaction from new_from on")
+        return self.model.summarise(outputs)
+
+    # State: plain tensors only
+
+    def dense(self) -> dict[str, Tensor]:
+        """Dense parameters by name, detached copies."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def load_dense(self, tensors: dict[str, Tensor]) -> None:
+        """Set every dense parameter. Raises BadInput unless names and shapes match."""
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise BadInput("the dense parameters do not fit this model; load them with the config they were made with")
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[name])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """State of the dense optimiser as '<parameter>/<moment>', and the trainer's step."""
+        state = {"trainer/step": torch.tensor(self.step, dtype=torch.int64)}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                state[f"{name}/{key}"] = value.detach().clone()
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of optimizer_state. Raises BadInput for names that are no parameter of this model."""
+        self.step = int(state["trainer/step"])
+        self.optimizer.state.clear()
+        for full, value in state.items():
+            name, _, key = full.rpartition("/")
+            if full == "trainer/step":
+                continue
+            if name not in self.parameters:
+                raise BadInput(f"optimiser state for an unknown parameter {name}; use the config it was made with")
+            self.optimizer.state[self.parameters[name]][key] = value.clone()
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Everything training depends on: dense/, optimizer/, tables/<slot>/{keys,weights,state,last_update_us}."""
+        state = {f"dense/{name}": value for name, value in self.dense().items()}
+        state |= {f"optimizer/{name}": value for name, value in self.optimizer_state().items()}
+        for slot, table in self.model.tables().items():
+            rows = table.export_all()
+            for part in ROW_PARTS:
+                state[f"tables/{slot}/{part}"] = torch.from_numpy(np.ascontiguousarray(getattr(rows, part)))
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of export_state, into a model of the same config with empty tables."""
+        self.load_dense({name[6:]: value for name, value in state.items() if name.startswith("dense/")})
+        self.load_optimizer_state({name[10:]: v for name, v in state.items() if name.startswith("optimizer/")})
+        for slot, table in self.model.tables().items():
+            if len(table):
+                raise BadInput(f"table {slot} already has rows; load a state into a new model")
+            parts = {key: state[f"tables/{slot}/{key}"].numpy() for key in ROW_PARTS}
+            table.apply_delta(TableDelta(tombstones=np.zeros(0, dtype=np.int64), **parts))

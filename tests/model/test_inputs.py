@@ -1,0 +1,148 @@
+"""Events -> tokens: order, visibility in time, and one function for training and serving."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.errors import BadInput
+from components.schemas import action_bit
+from model.catalogue import ItemCatalogue
+from model.inputs import ACTION, AUX, IMPRESSION, REQUEST, Queries, Tokens, UserEvents, build_tokens
+from tests.model.make import SECOND, START, catalogue, user
+
+users = st.lists(st.integers(0, 12), min_size=1, max_size=4)
+
+
+def build(events: list[UserEvents], window: int = 6, **options: object) -> Tokens:
+    return build_tokens(events, window=window, catalogue=catalogue(), **options)  # type: ignore[arg-type]
+
+
+def rows_of(tokens: Tokens, index: int) -> slice:
+    return slice(int(tokens.seen.offsets[index]), int(tokens.seen.offsets[index + 1]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(users, st.integers(0, 1000), st.integers(1, 8))
+def test_a_token_sees_exactly_the_last_tokens_known_before_it_asks(counts: list[int], seed: int, window: int) -> None:
+    events = [user(i, n, seed) for i, n in enumerate(counts)]
+    tokens = build(events, window)
+    for index in range(len(events)):
+        rows = rows_of(tokens, index)
+        query, key = tokens.query_time[rows].numpy(), tokens.key_time[rows].numpy()
+        assert (np.diff(key) >= 0).all()
+        end = (key[None, :] < query[:, None]).sum(1)  # the made-up times are whole seconds
+        assert (tokens.seen.end[rows].numpy() == end).all()
+        assert (tokens.seen.begin[rows].numpy() == np.maximum(end - window, 0)).all()
+
+
+def test_impressions_of_one_request_do_not_see_each_other() -> None:
+    events = user(1, 12, seed=3)
+    tokens = build([events], 100)
+    kind, end = tokens.kind.numpy(), tokens.seen.end.numpy()
+    shown = np.flatnonzero(kind == IMPRESSION)
+    for row in shown:
+        same = shown[tokens.query_time.numpy()[shown] == tokens.query_time.numpy()[row]]
+        assert (same >= end[row]).all()
+    assert len(np.unique(events.request_id)) < len(events), "the made-up user has requests of several items"
+
+
+def test_an_action_is_seen_only_once_it_is_known() -> None:
+    events = user(2, 10, seed=1)
+    tokens = build([events], 100)
+    for row in range(len(tokens)):
+        seen = slice(0, int(tokens.seen.end[row]))
+        assert bool((tokens.key_time[seen] < tokens.query_time[row]).all())
+
+
+def test_simultaneous_actions_on_one_impression_are_one_token() -> None:
+    events = user(3, 12, seed=5)
+    tokens = build([events])
+    acted = tokens.kind == ACTION
+    pairs = {(int(a), int(t)) for a, t in zip(events.action_of, events.action_known_at, strict=True)}
+    assert int(acted.sum()) == len(pairs) < len(events.action_of)
+    both = action_bit("watch") | action_bit("click")
+    assert both in tokens.action[acted].tolist()
+    assert bool((tokens.value[acted] > 0).all()), "the watch time survives a click without a value"
+
+
+def test_the_order_of_action_events_in_the_row_does_not_matter() -> None:
+    events = user(4, 12, seed=2)
+    turned = {name: getattr(events, name)[::-1] for name in vars(events) if name.startswith("action_")}
+    one, other = build([events]), build([dataclasses.replace(events, **turned)])
+    assert torch.equal(one.action, other.action) and torch.equal(one.value, other.value)
+
+
+def test_targets_start_at_new_from_and_carry_the_labels() -> None:
+    events = user(5, 9, seed=4, new_from=4)
+    tokens = build([events])
+    order = np.argsort(tokens.source.numpy())
+    assert tokens.source.numpy()[order].tolist() == [4, 5, 6, 7, 8]
+    assert tokens.labels.numpy()[order].tolist() == events.actions[4:].tolist()
+    assert bool((tokens.kind[tokens.targets] == IMPRESSION).all())
+    assert not bool(tokens.action[tokens.targets].any()), "the label is no input"
+
+
+@pytest.mark.parametrize("layers", [None, 1, 3])
+def test_a_candidate_at_serving_equals_the_impression_in_training(layers: int | None) -> None:
+    events = user(6, 30, seed=6)
+    training = build([events], 5)
+    row = int(training.targets[training.source == 20][0])
+    query = Queries.candidates(events.item_id[20:21], int(events.timestamp[20]), int(events.page[20]))
+    serving = build([events], 5, queries=[query], layers=layers)
+    assert len(serving) <= len(training) + 1
+    for name in ("kind", "item", "author", "category", "duration", "page", "action", "value", "query_time"):
+        assert getattr(serving, name)[-1] == getattr(training, name)[row], name
+    sees = slice(int(training.seen.begin[row]), int(training.seen.end[row]))
+    offered = slice(int(serving.seen.begin[-1]), int(serving.seen.end[-1]))
+    for name in ("kind", "item", "action", "value", "key_time"):
+        assert torch.equal(getattr(serving, name)[offered], getattr(training, name)[sees]), name
+
+
+def test_queries_follow_the_history_and_nobody_sees_them() -> None:
+    events = [user(7, 8, 1), user(8, 0, 1), user(9, 3, 1)]
+    ask = [Queries.requests(np.array([START, START + 10**12]), np.array([1, 2])) for _ in events]
+    tokens = build(events, 50, queries=ask)
+    assert tokens.kind[tokens.targets].tolist() == [REQUEST] * 6
+    assert tokens.page[tokens.targets].tolist() == [1, 2] * 3
+    for index in range(3):
+        rows = rows_of(tokens, index)
+        assert int(tokens.seen.end[rows].max()) <= rows.stop - rows.start - 2
+
+
+def test_the_auxiliary_series_is_tokens_of_its_own_when_asked_for() -> None:
+    events = user(10, 6, 1)
+    with_aux = build([events], use_aux=True)
+    assert int((with_aux.kind == AUX).sum()) == 1 and len(with_aux) == len(build([events])) + 1
+    unknown = dataclasses.replace(events, aux_slot=np.array([5], dtype=np.int32))
+    with pytest.raises(BadInput, match="auxiliary slot"):
+        build([unknown], use_aux=True)
+
+
+def test_users_without_events_give_no_tokens() -> None:
+    assert len(build([UserEvents.empty(1), UserEvents.empty(2)])) == 0
+    assert len(build([])) == 0
+
+
+def test_queries_must_match_the_users() -> None:
+    with pytest.raises(BadInput, match="one Queries per user"):
+        build([user(1, 3)], queries=[])
+
+
+def test_nothing_is_known_before_it_happened() -> None:
+    events = user(11, 6, 1)
+    early = dataclasses.replace(events, known_at=events.timestamp - 5 * SECOND)
+    assert torch.equal(build([early]).key_time, build([events]).key_time)
+
+
+def test_side_features_come_from_the_catalogue_and_unknown_items_have_none() -> None:
+    ids = np.array([5, 3, 5, -9])
+    known = ItemCatalogue(ids, ids + 10, ids + 20, np.array([1, 2, 30, np.nan], dtype=np.float32))
+    assert known.item_id.tolist() == [-9, 3, 5]
+    assert known.features(np.array([5, 4, -9])).tolist() == [[15, 25, 10], [0, 0, 0], [1, 11, 0]]
+    assert ItemCatalogue.empty().features(np.array([1, 2])).tolist() == [[0, 0, 0], [0, 0, 0]]

@@ -1,0 +1,106 @@
+"""The retriever: what it returns, and the losses it is trained with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from components.errors import BadInput
+from model.dataset import SequenceDataset
+from model.retriever import Retriever, RetrieverConfig
+from model.trainer import Trainer
+from tests.model.make import START, catalogue, table, user
+
+SMALL = {"dim": 8, "head_dim": 4, "window": 9, "positive_actions": "click", "init_scale": 0.3, "epochs": 2}
+NOW = START + 10**13
+
+
+def make(**settings: object) -> Retriever:
+    return Retriever(RetrieverConfig(**(SMALL | settings)), catalogue())  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Retriever:
+    model = make()
+    Trainer(model).fit(SequenceDataset(table([user(i, 12, 9) for i in range(30)])))
+    return model
+
+
+def test_the_best_items_come_first_and_are_allowed_and_not_excluded(trained: Retriever) -> None:
+    history = user(1, 15, 2)
+    ids, scores = trained.retrieve(history, NOW, 1, k=40)
+    assert sorted(ids.tolist()) == list(range(1, 41)) and (np.diff(scores) <= 0).all()
+    allowed, exclude = np.arange(5, 30), ids[:3]
+    some, some_scores = trained.retrieve(history, NOW, 1, k=6, allowed=allowed, exclude=exclude)
+    expected = [i for i in ids if 5 <= i < 30 and i not in exclude][:6]
+    assert some.tolist() == expected and some.dtype == np.int64 and some_scores.dtype == np.float32
+    assert set(np.round(some_scores, 5)) <= set(np.round(scores, 5))
+
+
+def test_nothing_allowed_gives_nothing(trained: Retriever) -> None:
+    ids, scores = trained.retrieve(user(1, 5), NOW, allowed=np.array([3]), exclude=np.array([3]))
+    assert len(ids) == len(scores) == 0
+    with pytest.raises(BadInput, match="at least 1"):
+        trained.retrieve(user(1, 5), NOW, k=0)
+
+
+def test_the_user_vector_at_serving_is_that_of_training(trained: Retriever) -> None:
+    events = user(5, 25, 3)
+    trained.eval()
+    with torch.no_grad():
+        tokens = trained.tokens([events, user(6, 60, 3)])
+        vectors = trained(tokens)
+    wanted = np.flatnonzero((events.actions & trained.positive) > 0)
+    assert tokens.labels[: len(wanted)].tolist() == events.item_id[wanted].tolist()
+    for row, place in enumerate(wanted):
+        served = trained.user_vector(events, int(events.timestamp[place]), int(events.page[place]))
+        assert torch.allclose(served, vectors[row], atol=1e-6)
+        assert float(served.norm()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_sampled_softmax_over_all_items_is_the_full_softmax() -> None:
+    users = [user(i, 12, 4) for i in range(6)]
+    full, sampled = make(dropout=0, input_dropout=0), make(dropout=0, input_dropout=0, full_softmax_limit=1)
+    one, count = full.loss(full.tokens(users))
+    other, _ = sampled.loss(sampled.tokens(users))
+    assert count > 10 and one.item() == pytest.approx(other.item(), rel=1e-5)
+
+
+def test_sampled_softmax_estimates_the_full_one() -> None:
+    full, sampled = (make(dropout=0, input_dropout=0, full_softmax_limit=n, negatives=25) for n in (10**6, 1))
+    ratios, uncorrected = [], []
+    with torch.no_grad():
+        for seed in range(60):
+            users = [user(i, 12, seed) for i in range(6)]
+            tokens = full.tokens(users)
+            positive = full(tokens) * full.item_vectors(tokens.labels.numpy())
+            logit = float(positive.sum(1).mean()) / full.config.temperature
+            totals = [float(m.loss(tokens)[0]) + logit for m in (full, sampled)]  # mean log of the denominator
+            ratios.append(totals[1] - totals[0])
+            uncorrected.append(totals[1] + np.log(25 / 40) - totals[0])
+    # the log of an unbiased estimate is low by about half its variance
+    assert -0.3 < np.mean(ratios) < 0.05
+    assert np.mean(uncorrected) < -0.45, "without the correction it would be off by log(40 / 25)"
+
+
+def test_a_positive_outside_the_catalogue_is_still_learned() -> None:
+    model = make()
+    model.set_items(np.array([1, 2, 3]))
+    loss, count = model.loss(model.tokens([user(1, 12, 4)]))
+    assert count > 0 and bool(torch.isfinite(loss))
+
+
+def test_users_without_a_positive_cost_nothing() -> None:
+    model = make(positive_actions="follow")
+    loss, count = model.loss(model.tokens([user(1, 12, 4)]))
+    assert count == 0 and loss.item() == 0.0
+    loss.backward()
+
+
+def test_equal_scores_are_ordered_by_id() -> None:
+    model = make(item_side=False)
+    rows = torch.ones(40, 8)
+    model.tables()["item_output"].upsert(np.arange(1, 41), rows.numpy())
+    ids, _ = model.retrieve(user(1, 5), NOW, k=10)
+    assert ids.tolist() == list(range(1, 11))

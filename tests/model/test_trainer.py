@@ -1,0 +1,171 @@
+"""Training learns, is deterministic, and resumes exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from components.errors import BadInput
+from components.schemas import action_bit
+from model.dataset import SequenceDataset
+from model.inputs import UserEvents
+from model.ranker import Ranker, RankerConfig
+from model.retriever import Retriever, RetrieverConfig
+from model.trainer import Step, Trainer
+from tests.model.make import catalogue, table, user
+
+SMALL = {"dim": 8, "head_dim": 4, "window": 16, "batch_tokens": 200, "continual_batch_tokens": 100, "epochs": 2}
+CLICK = action_bit("click")
+
+
+def liking(count: int = 60) -> SequenceDataset:
+    """Users who click exactly the items of category 1 (category 0 .. 3 follows from the item)."""
+
+    def likes(u: UserEvents) -> UserEvents:
+        liked = u.item_id % 4 == 0
+        return dataclasses.replace(u, actions=np.where(liked, CLICK, 0).astype(np.int32))
+
+    return SequenceDataset(table([likes(user(i, 10, 1)) for i in range(count)]))
+
+
+def ranker(**settings: object) -> Ranker:
+    return Ranker(RankerConfig(heads="click", **(SMALL | settings)), catalogue())  # type: ignore[arg-type]
+
+
+def retriever(**settings: object) -> Retriever:
+    return Retriever(RetrieverConfig(positive_actions="click", **(SMALL | settings)), catalogue())  # type: ignore[arg-type]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_ranker_learns_what_users_like() -> None:
+    trainer = Trainer(ranker(epochs=12, dense_lr=0.01))
+    losses: list[float] = []
+    trainer.fit(liking(), on_step=lambda step: losses.append(step.loss))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    metrics = trainer.evaluate(liking(80))
+    assert metrics["click/auc"] > 0.95 and metrics["click/ne"] < 0.6 and metrics["impressions"] == 800
+
+
+def test_the_retriever_learns_what_users_like() -> None:
+    trainer = Trainer(retriever(epochs=15, dense_lr=0.01, table_lr=0.1))
+    before = trainer.evaluate(liking())["hr@10"]
+    trainer.fit(liking())
+    assert trainer.evaluate(liking())["hr@10"] > max(0.9, before + 0.3)  # 10 of 40 items are liked
+
+
+@pytest.mark.parametrize("make", [ranker, retriever])
+@pytest.mark.parametrize("continual", [False, True])
+def test_training_twice_gives_the_same_bits(make, continual: bool) -> None:  # type: ignore[no-untyped-def]
+    states = []
+    for _ in range(2):
+        trainer = Trainer(make())
+        trainer.fit(liking(), continual=continual)
+        states.append(trainer.export_state())
+    assert same(*states)
+
+
+@pytest.mark.parametrize("make", [ranker, retriever])
+def test_stopping_anywhere_and_resuming_gives_the_same_bits(make) -> None:  # type: ignore[no-untyped-def]
+    whole = Trainer(make())
+    saved: dict[str, torch.Tensor] = {}
+
+    def save_third(step: Step) -> None:
+        if step.done == 3:
+            saved.update(load(save(whole.export_state())))  # through bytes: plain tensors, nothing pickled
+
+    whole.fit(liking(), on_step=save_third)
+    resumed = Trainer(make())
+    resumed.load_state(saved)
+    resumed.fit(liking(), start=3)
+    assert same(whole.export_state(), resumed.export_state())
+
+
+def test_continual_training_goes_on_from_a_restored_state() -> None:
+    first = Trainer(ranker())
+    first.fit(liking())
+    restored = Trainer(ranker(seed=0))
+    restored.load_state(first.export_state())
+    window = SequenceDataset(table([user(i, 6, 2, new_from=3) for i in range(40)]))
+    assert first.evaluate(window) == restored.evaluate(window)
+    for trainer in (first, restored):
+        trainer.fit(window, continual=True)
+    assert same(first.export_state(), restored.export_state())
+
+
+def test_continual_training_is_one_pass_over_every_new_interaction() -> None:
+    window = SequenceDataset(table([user(i, 6, 2, new_from=i % 7) for i in range(40)]))
+    assert Trainer(ranker(epochs=5)).fit(window, continual=True)["targets"] == window.targets() < 240
+
+
+def test_evaluation_learns_nothing() -> None:
+    trainer = Trainer(ranker())
+    trainer.fit(liking(20))
+    before = trainer.export_state()
+    trainer.evaluate(SequenceDataset(table([user(i + 500, 9, 4, items=90) for i in range(9)])))
+    assert same(before, trainer.export_state())
+
+
+def test_a_step_is_limited_by_the_norm_of_all_gradients_together() -> None:
+    trainer = Trainer(ranker(clip_norm=1e-3))
+    tokens = trainer.model.tokens(liking().users(range(5)))
+    trainer.model.loss(tokens)[0].backward()
+    assert trainer._clip(trainer.model.tables()) > 1e-3
+    squares = sum(t.gradient_squared_norm() for t in trainer.model.tables().values())
+    squares += sum(float(p.grad.square().sum()) for p in trainer.parameters.values() if p.grad is not None)
+    assert squares**0.5 == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_state_of_another_shape_is_refused() -> None:
+    state = Trainer(ranker()).export_state()
+    with pytest.raises(BadInput, match="config"):
+        Trainer(ranker(dim=12)).load_state(state)
+    trained = Trainer(ranker())
+    trained.fit(liking(10))
+    with pytest.raises(BadInput, match="new model"):
+        trained.load_state(state)
+
+
+def test_nothing_to_evaluate_is_said() -> None:
+    with pytest.raises(BadInput, match="nothing to evaluate"):
+        Trainer(ranker()).evaluate(SequenceDataset(table([user(1, 4, new_from=4)])))
+
+
+def test_an_epoch_has_every_user_once_within_the_token_budget() -> None:
+    dataset = SequenceDataset(table([user(i, i % 30 + 1, 3) for i in range(100)]))
+    tokens = dataset.tokens()
+    for batches in (dataset.shuffled(150, 1, 0), dataset.in_event_order(150)):
+        assert sorted(np.concatenate(batches).tolist()) == list(range(100))
+        assert all(tokens[b].sum() <= 150 or len(b) == 1 for b in batches)
+    one, same_again, other = (dataset.shuffled(150, 1, e) for e in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(one, same_again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=False))
+    firsts = [dataset.first_new()[b] for b in dataset.in_event_order(150)]
+    assert (np.diff(np.concatenate(firsts)) >= 0).all()
+
+
+def test_sequences_come_back_from_parquet_as_they_were(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    users = [user(1, 5, 1, new_from=2), user(2, 0, 1), user(3, 7, 1)]
+    pq.write_table(table(users[:2]), tmp_path / "part-0.parquet")
+    pq.write_table(table(users[2:]), tmp_path / "part-1.parquet")
+    dataset = SequenceDataset.from_path(tmp_path)
+    assert len(dataset) == 3 and dataset.targets() == 10 and dataset.interactions() == 12
+    for index, events in enumerate(users):
+        for name, value in vars(events).items():
+            np.testing.assert_array_equal(getattr(dataset[index], name), value, err_msg=name)
+
+
+def test_sequences_with_missing_columns_or_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="action_mask"):
+        SequenceDataset(table([user(1, 2)]).drop_columns(["action_mask"]))
+    with pytest.raises(BadInput, match="no Parquet files"):
+        SequenceDataset.from_path(tmp_path)
