@@ -187,9 +187,7 @@ class EmbeddingTable(torch.nn.Module):
         rows = self._table.lookup(_ids(ids), missing == "initial")
         return torch.from_numpy(rows).view(*ids.shape, self.dim)
 
-    def upsert(
-        self, ids: Ids, weights: Floats, state: Floats | None = None, last_update_us: Ids | None = None
-    ) -> int:
+    def upsert(self, ids: Ids, weights: Floats, state: Floats | None = None, last_update_us: Ids | None = None) -> int:
         """Makes the rows of ids [n] exactly weights [n, dim], state [n, state_dim] and last_update_us [n].
 
         state None: that of a new row. last_update_us None: unknown. Returns how many rows are new.

@@ -89,8 +89,8 @@ def _measure(config: EvaluateConfig, storage: Storage) -> EvaluateResult:
     if config.part == "eval" and first is not None and learned_until is not None and first <= learned_until:
         raise BadInput(
             f"{label} has learned from events up to {from_us(learned_until):%Y-%m-%dT%H:%M:%SZ}, and the eval part of "
-            f"{config.dataset} begins before that, which would flatter it; pretrain with --no-learn-eval, or measure on "
-            "newer events (the metrics from before learning are in the manifest)"
+            f"{config.dataset} begins before that, which would flatter it; pretrain with --no-learn-eval, or measure "
+            "on newer events (the metrics from before learning are in the manifest)"
         )
     torch.set_num_threads(config.threads)
     trainer = Trainer(build_model(config.model, settings, items.catalogue))

@@ -2,8 +2,9 @@
 
 Learns the dataset's train part for some epochs, measures the model on the eval part (beside the baseline of item and
 user rates), then learns from the eval part too, once and in event order, so that no event is left out
-(--no-learn-eval keeps it apart), and writes a checkpoint that `register` turns into a version. The MLflow run (experiment `pretrain`) holds the settings, loss and speed by step, the
-learning curve, the calibration plot, the dataset's manifest and the metrics.
+(--no-learn-eval keeps it apart), and writes a checkpoint that `register` turns into a version. The MLflow run
+(experiment `pretrain`) holds the settings, loss and speed by step, the learning curve, the calibration plot, the
+dataset's manifest and the metrics.
 
 A finished checkpoint with the same settings is returned as it is, without training.
 
@@ -36,7 +37,7 @@ class PretrainResult(BaseModel):
     checkpoint: str = Field(description="folder of the checkpoint, relative to the storage root")
     run_id: str = Field(description="MLflow run")
     dataset: str
-    metrics: dict[str, float] = Field(description="on the eval part, before learning it: auc_click, ne_click, ... or hr_10, ndcg_10, ...")
+    metrics: dict[str, float] = Field(description="on the eval part, before learning it: auc_click, ... or hr_10, ...")
     rows: dict[str, int] = Field(description="embedding rows, by slot")
 
 

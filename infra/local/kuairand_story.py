@@ -14,7 +14,7 @@ from components import manifests
 from components.schemas import action_bit
 from components.storage import Storage
 from components.windows import Window
-from infra.local.story import Story, mean
+from infra.local.story import ONE_THREAD, Story, mean
 from model.baselines.item_user_rate import ItemUserRate
 from model.metrics import auc, normalised_entropy
 
@@ -35,7 +35,7 @@ class KuaiRandStory(Story):
         history = {"join_from": FIRST_EVENT.isoformat(), "join_until": FIRST_WINDOW.isoformat()}
         split = {"split": (FIRST_WINDOW - timedelta(days=1)).isoformat()}
         self.run_dag("build_sequences", {**history, **split, **SERVED_ACTIONS}, "build_sequences (until 30 April)")
-        release = self.run_dag("pretrain", {"roll_out": False}, "pretrain (ranker and retriever)")
+        release = self.run_dag("pretrain", {**ONE_THREAD, "roll_out": False}, "pretrain (ranker and retriever)")
         self.run_dag("rollout", self.airflow.result(release, "release"), "rollout of the first release")
         self.wait_until_ready()
         self.results = [self.replay(window) for window in WINDOWS]
@@ -45,7 +45,7 @@ class KuaiRandStory(Story):
         """Let one day of events arrive, then learn from it; the metrics before learning."""
         bounds = {"from_time": window.start.isoformat(), "until_time": window.end.isoformat()}
         self.run_component("ingest", source="kuairand", path=self.data, **bounds)
-        run = self.train_window(window, SERVED_ACTIONS, f"continual_training {window.start:%d %B}")
+        run = self.train_window(window, {**ONE_THREAD, **SERVED_ACTIONS}, f"continual_training {window.start:%d %B}")
         metrics: dict[str, float] = self.airflow.result(run, "finetune_ranker")["metrics"]
         return metrics
 

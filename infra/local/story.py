@@ -22,6 +22,8 @@ from infra.local.airflow import Airflow, DagRun
 from infra.local.stack import REPOSITORY, Stack
 
 DAG_TIMEOUT_S = 900
+ONE_THREAD = {"threads": 1}
+"""Ranker and retriever learn side by side, one core each: more threads than cores only wait for each other."""
 
 
 class WindowStory(BaseModel):

@@ -13,7 +13,7 @@ from rich.console import Console
 from components.windows import Window
 from infra.local.airflow import Airflow, DagRun
 from infra.local.stack import Stack
-from infra.local.story import Story, mean, whole_second
+from infra.local.story import ONE_THREAD, Story, mean, whole_second
 
 ATTRIBUTION_S = 8
 """Feedback of the live users comes within 5 s; a window is closed 8 s after its end."""
@@ -110,7 +110,9 @@ class SyntheticStory(Story):
 
     def learn(self, window: Window, note: str) -> None:
         time.sleep(max(0.0, window.end.timestamp() + ATTRIBUTION_S - time.time()))
-        self.train_window(window, {"attribution_window_s": ATTRIBUTION_S}, f"continual_training {window.key}", note)
+        self.train_window(
+            window, {**ONE_THREAD, "attribution_window_s": ATTRIBUTION_S}, f"continual_training {window.key}", note
+        )
 
     def second_release(self) -> None:
         """Retrain on everything so far; while users go on, the new release passes shadow and canary."""
@@ -125,7 +127,8 @@ class SyntheticStory(Story):
 
     def roll_out(self, settings: dict[str, Any], doing: str) -> DagRun:
         """Pretrain a release and start its rollout, by rules that fit a demo of minutes."""
-        pretrain = self.run_dag("pretrain", {**self.scale.pretrain, **settings, "roll_out": False}, doing)
+        conf = {**ONE_THREAD, **self.scale.pretrain, **settings, "roll_out": False}
+        pretrain = self.run_dag("pretrain", conf, doing)
         return self.airflow.trigger("rollout", {**self.airflow.result(pretrain, "release"), **ROLLOUT_RULES})
 
     def recovery(self) -> dict[str, float]:

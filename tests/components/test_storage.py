@@ -75,6 +75,7 @@ def test_listing_is_sorted_recursive_and_bound_to_the_folder(anywhere: Storage) 
     for path in ("x/2/b", "x/1/a", "xy/other"):
         anywhere.write_bytes(path, b"")
     assert anywhere.list("x") == ["x/1/a", "x/2/b"]
+    assert anywhere.list("") == ["x/1/a", "x/2/b", "xy/other"]
     assert anywhere.list("absent") == []
     anywhere.delete_folder("x")
     assert anywhere.list("x") == []

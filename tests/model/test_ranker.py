@@ -46,7 +46,7 @@ def test_the_score_at_serving_equals_the_prediction_in_training(ranker: Ranker) 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12, unique=True), st.integers(0, 100), st.randoms())
-def test_a_score_does_not_depend_on_the_other_candidates(items: list[int], seed: int, random) -> None:  # type: ignore[no-untyped-def]
+def test_a_score_does_not_depend_on_the_other_candidates(items: list[int], seed: int, random) -> None:
     model = TRAINED.setdefault("ranker", Ranker(SMALL, catalogue()))
     history = user(1, 15, seed)
     together = model.score(history, np.array(items), NOW, 1)
@@ -116,7 +116,7 @@ def test_no_candidates_are_refused(ranker: Ranker) -> None:
 )
 def test_wrong_settings_name_the_known_values(setting: dict[str, str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        Ranker(RankerConfig(**setting), catalogue())  # type: ignore[arg-type]
+        Ranker(RankerConfig(**setting), catalogue())
 
 
 def test_equal_seeds_give_equal_models_and_the_callers_random_state_is_kept() -> None:

@@ -17,7 +17,7 @@ NOW = START + 10**13
 
 
 def make(**settings: object) -> Retriever:
-    return Retriever(RetrieverConfig(**(SMALL | settings)), catalogue())  # type: ignore[arg-type]
+    return Retriever(RetrieverConfig(**(SMALL | settings)), catalogue())
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,11 @@ def liking(count: int = 60) -> SequenceDataset:
 
 
 def ranker(**settings: object) -> Ranker:
-    return Ranker(RankerConfig(heads="click", **(SMALL | settings)), catalogue())  # type: ignore[arg-type]
+    return Ranker(RankerConfig(heads="click", **(SMALL | settings)), catalogue())
 
 
 def retriever(**settings: object) -> Retriever:
-    return Retriever(RetrieverConfig(positive_actions="click", **(SMALL | settings)), catalogue())  # type: ignore[arg-type]
+    return Retriever(RetrieverConfig(positive_actions="click", **(SMALL | settings)), catalogue())
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -63,7 +63,7 @@ def test_the_retriever_learns_what_users_like() -> None:
 
 @pytest.mark.parametrize("make", [ranker, retriever])
 @pytest.mark.parametrize("continual", [False, True])
-def test_training_twice_gives_the_same_bits(make, continual: bool) -> None:  # type: ignore[no-untyped-def]
+def test_training_twice_gives_the_same_bits(make, continual: bool) -> None:
     states = []
     for _ in range(2):
         trainer = Trainer(make())
@@ -73,7 +73,7 @@ def test_training_twice_gives_the_same_bits(make, continual: bool) -> None:  # t
 
 
 @pytest.mark.parametrize("make", [ranker, retriever])
-def test_stopping_anywhere_and_resuming_gives_the_same_bits(make) -> None:  # type: ignore[no-untyped-def]
+def test_stopping_anywhere_and_resuming_gives_the_same_bits(make) -> None:
     whole = Trainer(make())
     saved: dict[str, torch.Tensor] = {}
 

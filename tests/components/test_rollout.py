@@ -1,0 +1,274 @@
+"""The rollout step over real files: what it observes, what it records, and that it survives crashes and races."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config import cli
+from components.errors import AlreadyExists, BadInput, FreshetError
+from components.rollout import record
+from components.rollout import run as rollout
+from components.rollout.assignment import BUCKETS, bucket, serves_challenger
+from components.rollout.config import RolloutConfig
+from components.rollout.follow import RolloutStopped
+from components.rollout.observe import arm_counts, newest_version, observe
+from components.rollout.policy import Policy
+from components.rollout.state import Release, RolloutState
+from components.storage import Storage
+from tests.components.rollout_store import counts, log_shadow, log_traffic, publish, status_server
+
+RULES: dict[str, Any] = {
+    "shares": "3000",
+    "min_samples": 200,
+    "shadow_samples": 50,
+    "min_bake_s": 0,
+    "settle_s": 0,
+    "max_quality_drop": 0.2,
+}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    store = Storage(f"file://{tmp_path}")
+    publish(store, 1)
+    publish(store, 2, auc=0.72)
+    return store
+
+
+def go(storage: Storage, action: str = "advance", **settings: Any) -> rollout.RolloutResult:
+    settings = {"server_url": "none", "tracking_uri": "none", **RULES, **settings}
+    return rollout.run(RolloutConfig(root=storage.root, action=action, **settings))
+
+
+def first_champion(storage: Storage) -> None:
+    go(storage, "start", ranker=1, retriever=1)
+    assert go(storage).stage == "promoted"
+
+
+def canary(storage: Storage, **settings: Any) -> RolloutState:
+    """A rollout of version 2 that has come to its canary step."""
+    first_champion(storage)
+    go(storage, "start", ranker=2, retriever=2, **settings)
+    assert go(storage).stage == "shadow"
+    log_shadow(storage, datetime.now(UTC), 2, requests=60)
+    assert go(storage).stage == "canary"
+    return record.current(storage)
+
+
+def test_logged_traffic_leads_a_release_to_champion(storage: Storage) -> None:
+    state = canary(storage)
+    assert go(storage).waiting_for == "0 of 200 impressions in the smaller arm"
+    log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.6})
+    done = go(storage)
+    assert (done.stage, done.champion, done.share) == ("promoted", Release(ranker=2, retriever=2), 0)
+    stages = [entry.stage for entry in record.history(storage)]
+    assert stages == ["gate", "promoted", "gate", "shadow", "canary", "promoted"]
+    assert [entry.seq for entry in record.history(storage)] == list(range(6))
+    assert record.current(storage).evidence["champion"]["impressions"] > 0, "a decision keeps its evidence"
+
+
+def test_logged_traffic_that_clicks_less_rolls_the_release_back(storage: Storage) -> None:
+    state = canary(storage)
+    log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.6, "challenger": 0.2})
+    done = go(storage)
+    assert (done.stage, done.champion) == ("rolled_back", Release(ranker=1, retriever=1))
+
+
+def test_failing_shadow_requests_roll_the_release_back(storage: Storage) -> None:
+    first_champion(storage)
+    go(storage, "start")
+    go(storage)
+    log_shadow(storage, datetime.now(UTC), 2, requests=60, failed=30)
+    done = go(storage)
+    assert done.stage == "rolled_back" and "error rate 0.5" in done.reason
+
+
+def test_each_event_counts_once_and_only_in_its_period(storage: Storage) -> None:
+    state = canary(storage)
+    at = datetime.now(UTC)
+    log_traffic(storage, state, at, range(100), {"champion": 0.5, "challenger": 1})
+    log_traffic(storage, state, at - timedelta(hours=1), range(500, 600), {"champion": 1, "challenger": 1})
+    log_traffic(storage, state, at + timedelta(hours=1), range(600, 700), {"champion": 1, "challenger": 1})
+    arms, wrong = arm_counts(storage, state, Policy(**RULES), state.stage_since, at + timedelta(seconds=1))
+    mine = sum(serves_challenger(user, state.salt, 3000) for user in range(100))
+    assert (arms["challenger"].users, arms["champion"].users, wrong) == (mine, 100 - mine, 0)
+    assert arms["challenger"].impressions == mine * 10 and arms["challenger"].hits == mine * 10
+    other = state.model_copy(update={"salt": "another"})
+    assert arm_counts(storage, other, Policy(**RULES), state.stage_since, at + timedelta(seconds=1))[1] > 10
+
+
+def test_the_servers_counts_are_needed_and_judged(storage: Storage) -> None:
+    status = counts(2)
+    with status_server(status) as url:
+        state = canary(storage, server_url=url)
+        log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.6})
+        status["tracks"] = {}
+        assert "shows no challenger yet" in go(storage, server_url=url).waiting_for
+        status.update(counts(7))
+        assert "another challenger" in go(storage, server_url=url).waiting_for
+        status.update(counts(2, errors=100))
+        done = go(storage, server_url=url)
+        assert done.stage == "rolled_back" and "error rate 0.2" in done.reason
+
+
+def test_a_silent_server_holds_the_rollout_where_it_is(storage: Storage) -> None:
+    state = canary(storage)
+    log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.6})
+    held = go(storage, server_url="http://127.0.0.1:9")
+    assert (held.stage, held.changed) == ("canary", False) and "127.0.0.1:9" in held.waiting_for
+
+
+def test_start_without_versions_takes_the_newest_published_ones(storage: Storage) -> None:
+    assert newest_version(storage, "ranker") == 2
+    assert go(storage, "start").subject == Release(ranker=2, retriever=2)
+    with pytest.raises(BadInput, match="ranker version 9"):
+        go(storage, "start", ranker=9)
+
+
+def test_orders_that_do_not_fit_say_what_does(storage: Storage) -> None:
+    with pytest.raises(BadInput, match="start one"):
+        go(storage, "approve")
+    go(storage, "start", ranker=2, retriever=2)
+    with pytest.raises(BadInput, match="not of ranker 1"):
+        go(storage, ranker=1, retriever=1)
+
+
+def test_of_two_deciders_one_decides(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(storage, "start", ranker=2, retriever=2)
+    real = rollout.step
+    raced: list[bool] = []
+
+    def slow_step(*arguments: Any) -> Any:
+        if not raced:  # while this decider thinks, somebody aborts
+            raced.append(True)
+            go(storage, "abort", by="ana")
+        return real(*arguments)
+
+    monkeypatch.setattr(rollout, "step", slow_step)
+    after = go(storage)
+    assert (after.stage, after.changed) == ("rolled_back", False)
+    assert [entry.stage for entry in record.history(storage)] == ["gate", "rolled_back"]
+
+
+def test_the_record_never_changes_an_entry(storage: Storage) -> None:
+    go(storage, "start", ranker=1, retriever=1)
+    state = record.current(storage)
+    with pytest.raises(AlreadyExists):
+        record.append(storage, state.model_copy(update={"reason": "forged"}))
+    assert record.current(storage) == state
+
+
+def test_a_crash_before_the_aliases_is_repaired_by_the_next_step(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aliases: dict[tuple[str, str], int] = {}
+
+    class Registry:
+        up = False
+
+        def __init__(self, uri: str) -> None:
+            if not Registry.up:
+                raise FreshetError("no MLflow server answers")
+
+        def set_alias(self, model: str, alias: str, version: int) -> None:
+            aliases[model, alias] = version
+
+        def delete_alias(self, model: str, alias: str) -> None:
+            aliases.pop((model, alias), None)
+
+    monkeypatch.setattr("components.registry.Registry", Registry)
+    with pytest.raises(FreshetError, match="no MLflow"):
+        go(storage, "start", ranker=1, retriever=1, tracking_uri="http://registry")
+    assert record.current(storage).stage == "gate", "the decision stands"
+    Registry.up = True
+    go(storage, "status", tracking_uri="http://registry")
+    assert aliases == {}, "looking changes nothing"
+    go(storage, "abort", tracking_uri="http://registry")
+    assert aliases == {}
+    go(storage, "start", ranker=2, retriever=2, tracking_uri="http://registry")
+    assert aliases == {("ranker", "challenger"): 2, ("retriever", "challenger"): 2}
+    aliases.clear()
+    go(storage, "start", ranker=2, retriever=2, tracking_uri="http://registry")
+    assert len(aliases) == 2, "an unchanged state repairs its aliases too"
+
+
+def test_waiting_until_promoted_ends_with_the_promotion(storage: Storage) -> None:
+    first_champion(storage)
+    log_shadow(storage, datetime.now(UTC) + timedelta(seconds=0.5), 2, requests=60)
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(
+            lambda: go(storage, "start", ranker=2, retriever=2, until="promoted", poll_s=0.05, wait_s=60)
+        )
+        while (state := record.current(storage)).stage != "canary":
+            assert not task.done(), task.result()
+            time.sleep(0.05)
+        log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.7})
+        assert task.result().stage == "promoted"
+    assert go(storage, ranker=2, retriever=2, until="canary").stage == "promoted", "a task run again ends at once"
+    assert go(storage, "start", ranker=2, retriever=2, until="gate").champion == Release(ranker=2, retriever=2)
+
+
+def test_waiting_fails_loudly_when_the_release_is_rejected(storage: Storage) -> None:
+    first_champion(storage)
+    publish(storage, 3, auc=0.4)
+    with pytest.raises(RolloutStopped, match=r"ranker 3 \+ retriever 3 was rejected: ranker.auc_click >= 0.5"):
+        go(storage, "start", ranker=3, retriever=3, until="gate")
+
+
+def test_waiting_for_a_paused_rollout_says_so_and_gives_up_in_time(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(storage, 4)
+    go(storage, "start", ranker=4, retriever=4, gate_limits="ranker.unknown>=1")
+    with pytest.raises(BadInput, match="still in stage paused"):
+        go(storage, until="gate", poll_s=0.01, wait_s=0.05)
+    told = capsys.readouterr().err
+    assert told.count("PAUSED") == 1 and "ranker.unknown" in told and "--action=resume" in told
+
+
+def test_the_command_line_runs_a_step_and_refuses_wrong_settings(
+    storage: Storage, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = [f"--root={storage.root}", "--tracking-uri=none", "--server-url=none"]
+    command = [sys.executable, "-m", "components.rollout", "--action=start", *where]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["stage"] == "gate"
+    for wrong, told in (
+        ("--shares=5000,100", "rising bucket counts"),
+        ("--gate-limits=auc>0.5", "ranker.auc_click>=0.5"),
+        ("--quality-action=stare", "known actions are"),
+        ("--alpha=2", "--alpha"),
+    ):
+        assert cli(RolloutConfig, rollout.run, [*where, wrong]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_status_of_nothing_is_an_answer(tmp_path: Path) -> None:
+    empty = go(Storage(f"file://{tmp_path}/new"), "status")
+    assert (empty.stage, empty.seq, empty.champion) == ("empty", -1, None)
+
+
+def test_buckets_are_stable_even_and_only_added() -> None:
+    assert bucket(42, "salt") == bucket(42, "salt") != bucket(42, "other salt")
+    assert [bucket(user, "0-1-1") for user in (0, 1, -5)] == [4253, 5572, 5595]
+    users = range(20_000)
+    for share in (100, 5000):
+        served = sum(serves_challenger(user, "s", share) for user in users)
+        assert abs(served / len(users) - share / BUCKETS) < 0.01
+    small = {user for user in users if serves_challenger(user, "s", 1000)}
+    assert small < {user for user in users if serves_challenger(user, "s", 2500)}
+
+
+def test_nothing_is_observed_of_stages_that_wait_for_no_evidence(storage: Storage) -> None:
+    state = RolloutState(stage="approval", challenger=Release(ranker=2, retriever=2), policy=Policy())
+    seen = observe(storage, state, datetime.now(UTC), "http://127.0.0.1:9")
+    assert seen.champion.users == 0 and seen.notes == ()

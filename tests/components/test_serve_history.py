@@ -1,0 +1,223 @@
+"""The history: a request at T sees exactly the events known before T, as training does."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.schemas import ACTION_EVENTS, IMPRESSIONS, action_bit
+from components.serve.history import History
+from components.serve.shipping import to_table
+from model.inputs import Queries, UserEvents, build_tokens
+from tests.components.serving import HOUR_US, catalogue
+
+CLICK, LIKE, WATCH = (action_bit(name) for name in ("click", "like", "watch"))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def history(clock: Any, interactions: int = 100, users: int = 100) -> History:
+    return History(interactions, users, HOUR_US, clock)
+
+
+def impression(request_id: int, item_id: int, at: int, received_at: int | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "request_id": request_id, "user_id": 1, "item_id": item_id, "timestamp": at, "position": 0, "page": 0,
+        "received_at": at if received_at is None else received_at,
+    } | more  # fmt: skip
+
+
+def action(request_id: int, item_id: int, at: int, name: str = "click", **more: Any) -> dict[str, Any]:
+    return {
+        "request_id": request_id, "user_id": 1, "item_id": item_id, "timestamp": at, "received_at": at, "action": name,
+    } | more  # fmt: skip
+
+
+def tables(impressions: list[dict[str, Any]], actions: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
+    return to_table(impressions, IMPRESSIONS), to_table(actions, ACTION_EVENTS)
+
+
+def load(h: History, impressions: list[dict[str, Any]], actions: list[dict[str, Any]] | None = None) -> None:
+    h.load(*tables(impressions, actions or []))
+
+
+def test_an_unknown_user_has_an_empty_history(clock: Clock) -> None:
+    now, events = history(clock).snapshot(5)
+    assert now == 1000 and len(events) == 0 and events.user_id == 5
+
+
+def test_events_being_written_hold_the_clock_of_requests_back(clock: Clock) -> None:
+    h = history(clock)
+    received = h.reserve()
+    clock.now = 2000
+    now, events = h.snapshot(1)
+    assert now == received == 1000 and len(events) == 0
+    h.commit(received, *tables([impression(1, 7, 900, received)], []))
+    now, events = h.snapshot(1)
+    assert now == 2000 and events.item_id.tolist() == [7]
+
+
+def test_a_request_right_after_the_acknowledgement_sees_the_events(clock: Clock) -> None:
+    h = history(clock)
+    received = h.reserve()
+    h.commit(received, *tables([impression(1, 7, 900, received)], []))
+    now, events = h.snapshot(1)  # the clock has not moved
+    assert now > received and len(events) == 1
+
+
+def test_no_event_is_received_before_a_request_that_did_not_see_it(clock: Clock) -> None:
+    h = history(clock)
+    now, _ = h.snapshot(1)
+    clock.now = 500  # the machine's clock was set back
+    assert h.reserve() >= now
+
+
+def test_a_failed_write_releases_the_clock(clock: Clock) -> None:
+    h = history(clock)
+    h.release(h.reserve())
+    clock.now = 2000
+    assert h.snapshot(1)[0] == 2000
+
+
+def test_events_from_the_future_wait_until_their_time(clock: Clock) -> None:
+    h = history(clock)
+    load(h, [impression(1, 7, 900)], [action(1, 7, 1500)])
+    assert len(h.snapshot(1)[1].action_of) == 0
+    clock.now = 1501
+    assert h.snapshot(1)[1].action_mask.tolist() == [CLICK]
+
+
+def test_snapshots_race_with_events_and_stay_exact() -> None:
+    h = History(1000, 10, HOUR_US)
+    seen: list[tuple[int, list[int]]] = []
+    received: dict[int, int] = {}
+
+    def write(first: int) -> None:
+        for request in range(first, first + 100):
+            at = h.reserve()
+            received[request] = at
+            h.commit(at, *tables([impression(request, 7, at - 10, at)], []))
+
+    def read() -> None:
+        for _ in range(300):
+            now, events = h.snapshot(1)
+            seen.append((now, events.request_id.tolist()))
+
+    threads = [threading.Thread(target=write, args=(i * 100,)) for i in range(3)]
+    threads += [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for now, requests in seen:
+        assert sorted(requests) == sorted(r for r, at in received.items() if at < now)
+
+
+def test_interactions_are_in_the_order_of_training(clock: Clock) -> None:
+    h = history(clock)
+    rows = [impression(2, 1, 100), impression(1, 2, 100, position=1), impression(1, 3, 100, position=0)]
+    load(h, [*rows, impression(3, 4, 50)])
+    assert h.snapshot(1)[1].item_id.tolist() == [4, 3, 2, 1]
+
+
+def test_actions_are_attributed_as_in_the_join(clock: Clock) -> None:
+    h = history(clock)
+    clock.now = 10 * HOUR_US
+    load(
+        h,
+        [impression(1, 7, 1000), impression(1, 8, 1000, position=1)],
+        [
+            action(1, 7, 2000, "watch", value=3.5),
+            action(1, 7, 2000, "click"),
+            action(1, 8, 999, "like"),  # before the impression
+            action(1, 8, 1001 + HOUR_US, "like"),  # too late; the earliest like of a key counts anyway
+            action(2, 7, 3000),  # no such impression
+        ],
+    )
+    events = h.snapshot(1)[1]
+    assert events.actions.tolist() == [CLICK | WATCH, 0]
+    assert events.watch_s.tolist() == [3.5, 0]
+    assert events.action_of.tolist() == [0, 0]
+    assert events.action_mask.tolist() == [CLICK, WATCH]
+    assert events.action_value.tolist() == [0, 3.5]
+
+
+def test_events_sent_again_change_nothing(clock: Clock) -> None:
+    h = history(clock)
+    load(h, [impression(1, 7, 100)], [action(1, 7, 200)])
+    before = h.snapshot(1)[1]
+    load(h, [impression(1, 7, 100, 150, score=0.5)], [action(1, 7, 200, received_at=250), action(1, 7, 300)])
+    after = h.snapshot(1)[1]
+    assert after.known_at.tolist() == before.known_at.tolist() == [100]
+    assert after.action_known_at.tolist() == before.action_known_at.tolist() == [200]
+
+
+def test_an_action_that_comes_before_its_impression_counts_once_both_are_known(clock: Clock) -> None:
+    h = history(clock)
+    load(h, [], [action(1, 7, 200)])
+    assert h.shown(1, [(1, 7)]) == [False]
+    assert len(h.snapshot(1)[1]) == 0
+    load(h, [impression(1, 7, 100, 600)])
+    assert h.shown(1, [(1, 7), (1, 8)]) == [True, False]
+    assert h.snapshot(1)[1].action_known_at.tolist() == [600]
+
+
+def test_a_page_is_an_auxiliary_event_when_it_changes(clock: Clock) -> None:
+    h = history(clock)
+    load(h, [impression(i, 7, i * 10, page=page) for i, page in enumerate([3, 3, 4, 3])])
+    events = h.snapshot(1)[1]
+    assert events.aux_value.tolist() == [3, 4, 3]
+    assert events.aux_known_at.tolist() == [0, 20, 30]
+
+
+def test_least_recently_active_users_leave_first(clock: Clock) -> None:
+    h = history(clock, users=2)
+    for user in (1, 2):
+        load(h, [impression(1, 7, 100, user_id=user)])
+    h.snapshot(1)
+    load(h, [impression(1, 7, 100, user_id=3)])
+    assert [len(h.snapshot(user)[1]) for user in (1, 2, 3)] == [1, 0, 1]
+    assert h.evicted == 1
+
+
+_EVENTS = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(0, 50), st.booleans()), min_size=1, max_size=80
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_EVENTS)
+def test_a_bounded_history_gives_the_model_the_same_newest_tokens(rows: list[tuple[int, int, int, bool]]) -> None:
+    limit = 8
+    full, bounded = history(Clock(), 1000), history(Clock(), limit)
+    for request, item, delay, acted in rows:
+        events = [impression(request, item, request * 10)], [action(request, item, request * 10 + delay)] * acted
+        for h in (full, bounded):
+            load(h, *events)
+    newest = [_newest_tokens(h.snapshot(1)[1], limit) for h in (full, bounded)]
+    assert newest[0] == newest[1]
+    assert len(bounded.snapshot(1)[1]) <= limit + limit // 4
+
+
+def _newest_tokens(events: UserEvents, count: int) -> list[tuple[int, ...]]:
+    asked = Queries.candidates(np.array([1]), 10_000, 0)
+    tokens = build_tokens([events], [asked], window=1000, catalogue=catalogue())
+    columns = np.stack([tokens.kind, tokens.item, tokens.action, tokens.query_time], axis=1)[:-1]
+    return [tuple(row) for row in columns[-count:].tolist()]

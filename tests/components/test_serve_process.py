@@ -1,0 +1,76 @@
+"""The server as a process: start, kill, restart, stop."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from components.config import cli
+from components.serve.config import ServeConfig
+from components.serve.run import run
+from components.storage import Storage
+from tests.components.serving import (
+    ITEM_IDS,
+    answer,
+    clicks,
+    free_port,
+    items_of,
+    read_log,
+    serving,
+    train_delta,
+)
+
+USER = 4242
+
+
+@pytest.mark.integration
+def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(toy_root: Path) -> None:
+    storage, port = Storage(f"file://{toy_root}"), free_port()
+    for name in ("ranker", "retriever"):
+        train_delta(storage, name)
+    body = {"user_id": USER, "candidates": ITEM_IDS}
+    with serving(toy_root, port, "--flush-interval-s=3600", "--exploration=0") as server:
+        empty = answer(server.client.post("/v1/rank", json=body))
+        answer(server.client.post("/v1/events", json=clicks(USER, items_of(3)[:5], request_id=1)))
+        before = answer(server.client.post("/v1/rank", json=body))
+        server.kill()  # the events are acknowledged, and in the journal only
+    assert read_log(storage, "events") == []
+    with serving(toy_root, port, "--flush-interval-s=3600", "--exploration=0") as server:
+        after = answer(server.client.post("/v1/rank", json=body))
+        answer(server.client.post("/v1/events", json=clicks(USER, items_of(3)[5:7], request_id=2)))
+        assert server.terminate() == 0
+    assert after["delta"] == before["delta"] == 1
+    assert after["items"] == before["items"] != empty["items"]
+    rows = read_log(storage, "events/impressions")
+    assert sorted(row["request_id"] for row in rows) == [1] * 5 + [2] * 2  # SIGTERM has flushed the rest
+    result = json.loads(server.log.read_text().splitlines()[-1])
+    assert result["events"] == 4 and result["address"].endswith(str(port))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--root=nonsense"], "neither file:///"),
+        (["--port=abc"], "--port"),
+        (["--score-weights=clik=1"], "unknown action 'clik'"),
+        (["--score-weights=click=much"], "not a number"),
+        (["--host=203.0.113.1"], "choose another --port"),
+    ],
+)
+def test_wrong_settings_end_with_exit_code_2_and_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert cli(ServeConfig, run, [f"--root=file://{tmp_path}", "--port=0", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_taken_port_is_an_error_that_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli(ServeConfig, run, [f"--root=file://{tmp_path}", f"--port={port}"]) == 2
+    assert "choose another --port" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Sync: the server follows the parameter logs, whatever happens to them, and what others write."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.parameters import bridge
+from components.parameters import log as parameter_log
+from components.parameters.compaction import compact
+from components.parameters.reader import LogReader
+from components.parameters.writer import LogWriter
+from components.serve import loaded
+from components.serve.config import ServeConfig
+from components.serve.server import Server
+from components.storage import Storage
+from model.trainer import Trainer
+from tests.components.serving import (
+    ITEM_IDS,
+    Live,
+    build,
+    clicks,
+    items_of,
+    sessions,
+    train_delta,
+    wait_for,
+)
+
+
+def assert_equal_to_the_bit(served: Any, trained: Any) -> None:
+    for slot, table in trained.tables().items():
+        ours, theirs = served.tables()[slot].export_all(), table.export_all()
+        assert len(theirs.keys) > 0
+        np.testing.assert_array_equal(ours.keys, theirs.keys)
+        assert ours.weights.tobytes() == theirs.weights.tobytes()
+    for name, value in trained.state_dict().items():
+        assert served.state_dict()[name].numpy().tobytes() == value.numpy().tobytes()
+
+
+def damage(storage: Storage, n: int, version: int = 1) -> tuple[str, bytes]:
+    """Flip one byte of the rows of a ranker delta; returns path and content of the sound file."""
+    path = LogReader(storage, "ranker", version).manifest(n).files["tables"].path
+    content = storage.read_bytes(path)
+    storage.write_bytes(path, content[:-1] + bytes([content[-1] ^ 1]))
+    return path, content
+
+
+def test_after_a_sync_the_parameters_equal_the_trainers_bit_for_bit(toy_root: Path) -> None:
+    with Live(toy_root) as live:
+        live.events(**clicks(500, items_of(2)[:5], request_id=1))
+        before = {item["item_id"]: item["score"] for item in live.rank(500, ITEM_IDS)["items"]}
+        age = live.status()["tracks"]["champion"]["ranker"]["served_event_age_s"]
+        for n in (1, 2):
+            for name in ("ranker", "retriever"):
+                trained = train_delta(live.storage, name)
+                live.wait_for_delta(n, name)
+                with live.server.engine._loaded[name, 1].reading() as served:
+                    assert_equal_to_the_bit(served.model, trained)
+        answer = live.rank(500, ITEM_IDS)
+        assert answer["delta"] == 2
+        assert {item["item_id"]: item["score"] for item in answer["items"]} != before
+        assert live.status()["tracks"]["champion"]["ranker"]["served_event_age_s"] < min(age, 60)
+        assert live.metric('freshet_delta_number{model="ranker",track="champion",version="1"}') == 2
+        assert live.metric('freshet_apply_seconds_count{model="ranker"}') == 2
+
+
+def test_erased_rows_are_erased_in_the_server_too(toy_root: Path) -> None:
+    storage = Storage(f"file://{toy_root}")
+    with Live(toy_root) as live:
+        reader = LogReader(storage, "ranker", 1)
+        model = build("ranker")
+        trainer = Trainer(model)
+        bridge.load_into(trainer, reader.load(with_state=True))
+        since = bridge.close_epochs(trainer)
+        assert model.tables()["item_bias"].erase(np.array(ITEM_IDS[:5], np.int64)) == 5
+        LogWriter(storage, "ranker", 1).publish_delta(
+            1, bridge.export_changes(trainer, since, 1), windows=[], event_range=None, metrics={}
+        )
+        live.wait_for_delta(1)
+        known = {item["item_id"]: item["known"] for item in live.rank(1, ITEM_IDS)["items"]}
+        assert [known[item] for item in ITEM_IDS[:6]] == [False] * 5 + [True]
+
+
+def test_no_request_fails_or_sees_half_a_delta_while_deltas_arrive(toy_root: Path) -> None:
+    with Live(toy_root, threads=2) as live:
+        by_delta: dict[int, set[tuple[float, ...]]] = {}
+        failures: list[Exception] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            try:
+                while not stop.is_set():
+                    answer = live.rank(1, ITEM_IDS[:10])
+                    scores = {item["item_id"]: item["score"] for item in answer["items"]}
+                    by_delta.setdefault(answer["delta"], set()).add(tuple(scores[i] for i in ITEM_IDS[:10]))
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for n in (1, 2, 3):
+            train_delta(live.storage, "ranker")
+            live.wait_for_delta(n)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert by_delta.keys() >= {0, 3}
+    assert all(len(scores) == 1 for scores in by_delta.values())  # one set of parameters per delta number
+    assert len(set.union(*by_delta.values())) == len(by_delta)
+
+
+def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_it_is_repaired(
+    toy_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded, "RETRY_S", 0.1)
+    with Live(toy_root, sync_interval_s=0.05) as live:
+        train_delta(live.storage, "ranker")
+        live.wait_for_delta(1)
+        scores = live.rank(1, ITEM_IDS)["items"]
+        live.server.engine._lock.acquire()  # no sync until the damage is done
+        train_delta(live.storage, "ranker")
+        trained = train_delta(live.storage, "ranker")
+        path, sound = damage(live.storage, 2)
+        live.server.engine._lock.release()
+        wait_for(lambda: live.status()["errors"], 10)
+        status = live.status()
+        assert path in status["errors"]["ranker 1"] and status["ready"]
+        assert path in status["tracks"]["champion"]["ranker"]["error"]
+        assert live.metric('freshet_parameter_log_corrupt{model="ranker",version="1"}') == 1
+        assert live.metric("freshet_sync_errors_total") >= 1
+        answer = live.rank(1, ITEM_IDS)
+        assert answer["delta"] == 1 and answer["items"] == scores
+        live.storage.write_bytes(path, sound)
+        live.wait_for_delta(3)
+        wait_for(lambda: not live.status()["errors"], 10)
+        assert live.metric('freshet_resyncs_total{model="ranker"}') == 1
+        assert live.metric('freshet_parameter_log_corrupt{model="ranker",version="1"}') == 0
+        with live.server.engine._loaded["ranker", 1].reading() as served:
+            assert_equal_to_the_bit(served.model, trained)
+
+
+def test_a_snapshot_beyond_the_damage_heals_the_server(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "RETRY_S", 0.1)
+    storage = Storage(f"file://{toy_root}")
+    for _ in range(2):
+        train_delta(storage, "ranker")
+    compact(storage, "ranker", 1)
+    damage(storage, 1)
+    with Live(toy_root) as live:
+        assert live.rank(1, [ITEM_IDS[0]])["delta"] == 2
+        assert live.status()["errors"] == {}
+
+
+def test_a_server_that_starts_on_a_damaged_log_serves_the_last_sound_point(toy_root: Path) -> None:
+    storage = Storage(f"file://{toy_root}")
+    for _ in range(3):
+        train_delta(storage, "ranker")
+    damage(storage, 2)
+    with Live(toy_root) as live:
+        assert live.rank(1, [ITEM_IDS[0]])["delta"] == 1
+        assert "ranker 1" in live.status()["errors"] and live.status()["ready"]
+
+
+def test_a_gap_in_the_log_stops_the_sync_and_is_reported(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "LISTING_S", 0.1)
+    with Live(toy_root) as live:
+        with live.server.engine._lock:
+            for _ in range(2):
+                train_delta(live.storage, "ranker")
+            live.storage.delete(parameter_log.manifest_path("ranker", 1, "delta", 1))
+        wait_for(lambda: "gap" in live.status()["errors"].get("ranker 1", ""), 10)
+        assert live.rank(1, [ITEM_IDS[0]])["delta"] == 0
+
+
+def test_events_that_others_write_reach_the_histories(toy_root: Path) -> None:
+    with Live(toy_root, history_refresh_s=0.1) as live:
+        impressions, actions = sessions(range(900, 901), 1_760_000_000_000_000)
+        live.storage.write_table("events/impressions/dt=2025-10-09/hour=08/batch.parquet", impressions)
+        live.storage.write_table("events/actions/dt=2025-10-09/hour=08/batch.parquet", actions)
+        wait_for(lambda: len(live.server.history.snapshot(900)[1].action_of) == actions.num_rows, 10)
+
+
+def test_history_days_bound_what_is_read_at_start(toy_root: Path) -> None:
+    storage = Storage(f"file://{toy_root}")
+    for day, user in (("2025-10-01", 1), ("2025-10-09", 2)):
+        impressions, _ = sessions(range(user, user + 1), 1_760_000_000_000_000)
+        storage.write_table(f"events/impressions/dt={day}/hour=08/batch.parquet", impressions)
+    server = Server(ServeConfig(root=f"file://{toy_root}", history_days=3))
+    server.files.refresh("none")
+    assert [len(server.history.snapshot(user)[1]) > 0 for user in (1, 2)] == [False, True]

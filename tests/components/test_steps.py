@@ -1,0 +1,154 @@
+"""evaluate, register, publish and compact."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.compact.config import CompactConfig
+from components.compact.run import run as compact
+from components.errors import BadInput, CorruptLog
+from components.evaluate.config import EvaluateConfig
+from components.evaluate.run import EvaluateResult
+from components.evaluate.run import run as evaluate
+from components.parameters.checkpoint import find_checkpoint, load_checkpoint
+from components.parameters.reader import LogReader
+from components.pretrain.run import PretrainResult
+from components.publish.config import PublishConfig
+from components.publish.run import run as publish
+from components.register.config import RegisterConfig
+from components.register.run import run as register
+from components.registry import Registry
+from components.storage import Storage
+from tests.components.parameter_world import identical, small_log
+from tests.components.steps import published_version
+
+
+@pytest.fixture
+def where(tmp_path: Path, tracking_uri: str) -> dict[str, Any]:
+    return {"root": f"file://{tmp_path}/store", "tracking_uri": tracking_uri}
+
+
+@pytest.fixture
+def made(where: dict[str, Any]) -> PretrainResult:
+    return published_version(where, learn_eval=False)[0]
+
+
+def measure(where: dict[str, Any], **settings: Any) -> EvaluateResult:
+    return evaluate(EvaluateConfig(**{"model": "ranker", "dataset": "history", "threads": 1, **settings, **where}))
+
+
+def test_a_published_version_is_its_checkpoint_with_the_metrics_of_the_gate(
+    where: dict[str, Any], made: PretrainResult
+) -> None:
+    storage, reader = Storage(where["root"]), LogReader(Storage(where["root"]), "ranker", 1)
+    checkpoint = find_checkpoint(storage, made.checkpoint)
+    assert checkpoint is not None
+    assert identical(reader.load(with_state=True), load_checkpoint(storage, checkpoint))
+    manifest = reader.manifest(0)
+    assert manifest.metrics == made.metrics and manifest.run_id == made.run_id
+    assert manifest.learned_until_us == checkpoint.event_time_max_us and manifest.config == checkpoint.config
+    before = storage.list("parameters")
+    assert publish(PublishConfig(model="ranker", version=1, **where)).metrics == made.metrics
+    assert storage.list("parameters") == before
+
+
+def test_a_checkpoint_is_registered_once_with_its_lineage(
+    where: dict[str, Any], made: PretrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CTX_DAG_RUN_ID", "manual__1")
+    registry = Registry(where["tracking_uri"])
+    again = register(RegisterConfig(model="ranker", checkpoint=made.checkpoint, **where))
+    assert again.version == 1 and [v.version for v in registry.versions("ranker")] == [1]
+    registry.set_alias("ranker", "champion", 1)
+    other, version = published_version(where, seed=1)
+    assert version == 2
+    tags = registry.client.get_model_version("ranker", "2").tags
+    assert tags["freshet.parent_version"] == "1" and tags["freshet.dataset"] == "history"
+    assert tags["freshet.checkpoint"] == other.checkpoint and tags["freshet.airflow_dag_run_id"] == "manual__1"
+    assert tags["freshet.config_digest"] == other.checkpoint.rsplit("/", 1)[1] and len(tags["freshet.git_commit"]) >= 7
+
+
+def test_measuring_a_checkpoint_again_gives_what_pretraining_measured(
+    where: dict[str, Any], made: PretrainResult
+) -> None:
+    measured = measure(where, checkpoint=made.checkpoint).metrics
+    assert measured == made.metrics
+    assert {f"baseline_{m}_{a}" for m in ("auc", "ne") for a in ("click", "like")} < measured.keys()
+    by_version = measure(where, version=1)
+    assert by_version.metrics == measured and by_version.as_of == 0
+
+
+def test_what_has_learned_from_the_eval_part_is_not_measured_on_it(where: dict[str, Any], made: PretrainResult) -> None:
+    flattered, version = published_version(where)
+    assert flattered.metrics == made.metrics, "pretraining measures before it learns from the eval part"
+    for chosen in ({"checkpoint": flattered.checkpoint}, {"version": version}):
+        with pytest.raises(BadInput, match="which would flatter it"):
+            measure(where, **chosen)
+    assert measure(where, checkpoint=flattered.checkpoint, part="train").metrics
+
+
+def test_a_finished_evaluation_is_returned_as_it_is(
+    where: dict[str, Any], made: PretrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = measure(where, version=1)
+    from model.trainer import Trainer
+
+    monkeypatch.setattr(Trainer, "predict", lambda *_: pytest.fail("measured again"))
+    assert measure(where, version=1, as_of=0) == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": ""}, "no dataset given"),
+        ({"checkpoint": "checkpoints/ranker/none", "version": None}, "holds no finished checkpoint"),
+        ({"checkpoint": "checkpoints/ranker/x", "version": 1}, "choose one of them"),
+        ({"as_of": 9}, "has no sync point 9"),
+        ({"version": None}, "no champion yet"),
+        ({"model": "retriever", "version": None, "checkpoint": "MADE"}, "is a ranker, not a retriever"),
+    ],
+)
+def test_wrong_evaluations_are_refused_with_the_remedy(
+    where: dict[str, Any], made: PretrainResult, settings: dict[str, Any], message: str
+) -> None:
+    settings = {"version": 1, **settings}
+    if settings.get("checkpoint") == "MADE":
+        settings["checkpoint"] = made.checkpoint
+    with pytest.raises(BadInput, match=message):
+        measure(where, **settings)
+
+
+def test_a_damaged_checkpoint_is_not_published(where: dict[str, Any], made: PretrainResult, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "store/parameters")
+    damaged = next((tmp_path / "store" / made.checkpoint).glob("*-tables.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CorruptLog, match=f"{damaged.name} has .* it is truncated"):
+        publish(PublishConfig(model="ranker", version=1, **where))
+    assert LogReader(Storage(where["root"]), "ranker", 1).head() == -1
+
+
+def test_a_log_of_another_registry_is_not_mistaken_for_this_version(
+    where: dict[str, Any], made: PretrainResult, tmp_path: Path, mlflow_database: Path
+) -> None:
+    shutil.copy(mlflow_database, tmp_path / "other.db")
+    other = {**where, "tracking_uri": f"sqlite:///{tmp_path}/other.db"}
+    with pytest.raises(BadInput, match="does not know run"):
+        published_version(other, learn_eval=False)  # the checkpoint exists, its run does not
+    with pytest.raises(BadInput, match="holds the log of another run"):
+        published_version(other, seed=1)
+
+
+def test_compaction_waits_for_enough_deltas_and_keeps_what_is_asked(tmp_path: Path) -> None:
+    where: dict[str, Any] = {"root": f"file://{tmp_path}", "tracking_uri": "unused"}
+    held = small_log(where["root"], deltas=3)
+    lazy = compact(CompactConfig(model="ranker", version=1, min_deltas=4, **where))
+    assert lazy.snapshots == [0] and lazy.deleted == 0
+    done = compact(CompactConfig(model="ranker", version=1, min_deltas=3, keep_deltas=0, **where))
+    assert done.snapshots == [0, 3] and done.deleted == 9 and done.head == 3
+    assert identical(LogReader(Storage(where["root"]), "ranker", 1).load(with_state=True), held[3])
+    with pytest.raises(BadInput, match="publish the version first"):
+        compact(CompactConfig(model="ranker", version=2, **where))

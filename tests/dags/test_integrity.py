@@ -1,0 +1,188 @@
+"""The DAG files load, quickly and lightly, and every DAG and task has what an operator of it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.compact.config import CompactConfig
+from components.config import form_fields
+from components.finetune.config import FinetuneConfig
+from components.join.config import JoinConfig
+from components.pretrain.config import PretrainConfig
+from components.rollout.config import RolloutConfig
+from components.sequences.config import SequencesConfig
+from tests.dags.airflow_process import call
+
+DAGS = ("build_sequences", "continual_training", "pretrain", "rollout")
+WIRING = {
+    "build_sequences": {
+        "join": ["sequences"],
+        "sequences": [],
+    },
+    "pretrain": {
+        "pretrain_ranker": ["register_ranker"],
+        "register_ranker": ["publish_ranker"],
+        "publish_ranker": ["release"],
+        "pretrain_retriever": ["register_retriever"],
+        "register_retriever": ["publish_retriever"],
+        "publish_retriever": ["release"],
+        "release": ["roll_out"],
+        "roll_out": [],
+    },
+    "continual_training": {
+        "join": ["sequences"],
+        "sequences": [
+            "finetune_challenger_ranker",
+            "finetune_challenger_retriever",
+            "finetune_ranker",
+            "finetune_retriever",
+        ],
+        "versions": [
+            "finetune_challenger_ranker",
+            "finetune_challenger_retriever",
+            "finetune_ranker",
+            "finetune_retriever",
+        ],
+        "finetune_ranker": ["compact_ranker"],
+        "finetune_retriever": ["compact_retriever"],
+        "finetune_challenger_ranker": [],
+        "finetune_challenger_retriever": [],
+        "compact_ranker": [],
+        "compact_retriever": [],
+    },
+    "rollout": {"gate": ["shadow"], "shadow": ["canary"], "canary": ["promoted"], "promoted": []},
+}
+
+
+def test_every_dag_file_loads(bag: dict[str, Any]) -> None:
+    assert bag["errors"] == {}
+    assert sorted(bag["dags"]) == sorted(DAGS)
+    assert all(dag["serialized"] for dag in bag["dags"].values())
+
+
+def test_parsing_is_quick_and_imports_nothing_heavy(bag: dict[str, Any]) -> None:
+    heavy = {"torch", "pyspark", "mlflow", "pyarrow", "pandas", "numpy", "boto3", "matplotlib", "kubernetes"}
+    assert heavy & set(bag["imported"]) == set()
+    assert bag["seconds"] < 3, "all DAG files together, in seconds of CPU"
+
+
+@pytest.mark.parametrize("dag_id", DAGS)
+def test_every_dag_has_owner_tags_docs_and_no_surprises(bag: dict[str, Any], dag_id: str) -> None:
+    dag = bag["dags"][dag_id]
+    assert dag["owner"] == "freshet" and dag["tags"]
+    assert len(dag["doc"]) > 200 and dag["doc"].startswith("## ")
+    assert (dag["catchup"], dag["max_active_runs"]) == (False, 1)
+
+
+@pytest.mark.parametrize("dag_id", DAGS)
+def test_every_task_has_retries_a_delay_and_a_timeout(bag: dict[str, Any], dag_id: str) -> None:
+    for name, task in bag["dags"][dag_id]["tasks"].items():
+        assert task["retries"] >= 1 and task["retry_delay"] > 0 and task["timeout"] > 0, name
+        assert task["owner"] == "freshet", name
+
+
+def test_the_wiring_is_as_drawn(bag: dict[str, Any]) -> None:
+    found = {
+        dag_id: {name: task["downstream"] for name, task in dag["tasks"].items()} for dag_id, dag in bag["dags"].items()
+    }
+    assert found == WIRING
+
+
+def test_training_takes_slots_of_the_gpu_pool(bag: dict[str, Any]) -> None:
+    pools = {name: task["pool"] for dag in bag["dags"].values() for name, task in dag["tasks"].items()}
+    assert {name for name, pool in pools.items() if pool == "gpu"} == {
+        name for name in pools if name.startswith(("pretrain_", "finetune_"))
+    }
+
+
+def test_assets_link_the_dags(bag: dict[str, Any]) -> None:
+    links = {
+        (dag_id, kind, asset)
+        for dag_id, dag in bag["dags"].items()
+        for task in dag["tasks"].values()
+        for kind in ("inlets", "outlets")
+        for asset in task[kind]
+    }
+    assert {
+        ("build_sequences", "inlets", "events"),
+        ("build_sequences", "outlets", "interactions"),
+        ("build_sequences", "outlets", "sequences"),
+        ("pretrain", "inlets", "sequences"),
+        ("pretrain", "outlets", "release"),
+        ("rollout", "inlets", "release"),
+        ("rollout", "outlets", "serving"),
+        ("continual_training", "inlets", "events"),
+        ("continual_training", "outlets", "parameters"),
+    } <= links
+
+
+FORMS = [
+    ("pretrain", PretrainConfig, {"model"}),
+    ("rollout", RolloutConfig, {"action", "until", "by"}),
+    ("build_sequences", JoinConfig, {"window"}),
+    ("build_sequences", SequencesConfig, {"mode", "window"}),
+    ("continual_training", JoinConfig, {"window"}),
+    ("continual_training", SequencesConfig, {"mode", "window", "split", "end"}),
+    ("continual_training", FinetuneConfig, {"model", "version", "dataset"}),
+    ("continual_training", CompactConfig, {"model", "version"}),
+]
+
+
+@pytest.mark.parametrize(("dag_id", "config", "wired"), FORMS)
+def test_a_form_shows_every_field_of_its_steps(bag: dict[str, Any], dag_id: str, config: Any, wired: set[str]) -> None:
+    """All fields except those that the DAG itself sets; with type, bounds, default and description of the config."""
+    params = bag["dags"][dag_id]["params"]
+    for name, schema in form_fields(config).items():
+        if name in wired:
+            continue
+        shown = params[name]
+        assert (shown["value"], shown["type"]) == (schema["default"], schema["type"]), name
+        bounds = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum")
+        assert {b: shown.get(b) for b in bounds} == {b: schema.get(b) for b in bounds}, name
+        assert shown["description"] and shown["section"], name
+
+
+def test_every_form_value_reaches_a_step(bag: dict[str, Any]) -> None:
+    read_elsewhere = {"roll_out", "window", "window_hours", "join_from", "join_until"}
+    for dag_id, dag in bag["dags"].items():
+        text = " ".join(flag for task in dag["tasks"].values() for flag in task["flags"])
+        unused = {name for name in dag["params"] if f"params.{name}" not in text} - read_elsewhere
+        assert unused == set(), dag_id
+
+
+def test_windows_are_partition_keys_and_a_failed_one_stops_the_next(bag: dict[str, Any], tmp_path: Path) -> None:
+    dag = bag["dags"]["continual_training"]
+    assert (dag["timetable"], dag["max_failed"]) == ("PartitionedAtRuntime", 1)
+    source = """
+import pendulum
+from types import SimpleNamespace as run
+from airflow.sdk.exceptions import AirflowFailException
+from dags.launcher import window_of
+import dags.continual_training as file
+from airflow.serialization.encoders import coerce_to_core_timetable
+def key(partition, **params):
+    try:
+        return window_of(run(partition_key=partition), {"window": "", "window_hours": 1.0, **params})
+    except AirflowFailException as error:
+        return str(error)
+timetable = coerce_to_core_timetable(file.SCHEDULE)
+tick = timetable.next_dagrun_info_v2(
+    last_dagrun_info=None,
+    restriction=run(earliest=pendulum.datetime(2022, 5, 1, 1), latest=None, catchup=True),
+)
+answer([
+    key("20220501T000000Z-20220502T000000Z"), key("20220501T000000Z"), key("2022-05-01T00:00:00", window_hours=24),
+    key(None, window="20220501T000000Z-20220502T000000Z"), key("garbage"), key(None),
+    str(tick.run_after), key(tick.partition_key),
+])
+"""
+    whole, hour, day, form, wrong, none, run_after, cron = call(
+        tmp_path, source, {"FRESHET_CONTINUAL_CRON": "0 * * * *"}
+    )
+    assert whole == day == form == "20220501T000000Z-20220502T000000Z"
+    assert hour == "20220501T000000Z-20220501T010000Z"
+    assert "not a time" in wrong and "no window" in none
+    assert run_after.startswith("2022-05-01 01:00") and cron == hour, "a tick takes the window that has just ended"

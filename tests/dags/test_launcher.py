@@ -1,0 +1,166 @@
+"""The two launchers: a local process and a Kubernetes pod run the same command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from components.storage import Storage
+from tests.components.rollout_store import publish
+from tests.dags.airflow_process import call
+
+LOCAL = """
+import os, threading, time
+from pathlib import Path
+from airflow.sdk.exceptions import AirflowException
+from dags.launcher import LocalStep, component_task
+def execute(step, *flags, **settings):
+    task = settings.pop("task", None) or LocalStep(task_id="t", step=step, flags=list(flags), **settings)
+    try:
+        return ["done", task.execute({"outlet_events": {}})]
+    except AirflowException as error:
+        return [type(error).__name__, str(error)]
+def refusal(launcher):
+    os.environ["FRESHET_LAUNCHER"] = launcher
+    try:
+        component_task("t", "join", {})
+    except ValueError as error:
+        return str(error)
+def killed():
+    flags = ["--action=start", "--ranker=2", "--retriever=2", "--gate-limits=ranker.none>=1", "--until=gate"]
+    task, outcome = LocalStep(task_id="t", step="rollout", flags=flags), []
+    thread = threading.Thread(target=lambda: outcome.extend(execute("rollout", task=task)))
+    thread.start()
+    paused = Path(os.environ["FRESHET_ROOT"].removeprefix("file://")) / "serving/rollout/00000002.json"
+    while thread.is_alive() and not paused.exists():
+        time.sleep(0.1)
+    pid = task._process.pid
+    task.on_kill()
+    thread.join(30)
+    return [pid, *outcome]
+answer({
+    "good": execute("rollout", "--action=start", "", "--ranker=1", "--retriever=1"),
+    "wrong input": execute("rollout", "--ranker=9", "--retriever=9"),
+    "wrong flag": execute("rollout", "--no-such-flag"),
+    "crash": execute("no_such_step"),
+    "skipped": execute("rollout", skip_unless="None"),
+    "killed": killed(),
+    "unknown launcher": refusal("docker"),
+    "no image": refusal("kubernetes"),
+})
+"""
+
+KUBERNETES = """
+from dags import pretrain, rollout, continual_training
+from dags.kubernetes_launcher import PodStep
+def pod_of(task, flags):
+    task.flags = flags
+    return task.build_pod_request_obj(dry_run=True).to_dict()
+training = pretrain.dag.get_task("pretrain_ranker")
+light = rollout.dag.get_task("gate")
+from kubernetes.client import models as k8s
+def finished(code):
+    ended = k8s.V1ContainerState(terminated=k8s.V1ContainerStateTerminated(exit_code=code))
+    status = k8s.V1ContainerStatus(
+        name="base", image="i", image_id="i", ready=False, restart_count=0, state=ended)
+    return k8s.V1Pod(metadata=k8s.V1ObjectMeta(name="p", namespace="freshet"),
+                     spec=k8s.V1PodSpec(containers=[k8s.V1Container(name="base")]),
+                     status=k8s.V1PodStatus(phase="Failed", container_statuses=[status]))
+light.process_pod_deletion = light.patch_already_checked = lambda *a, **k: None
+light.is_istio_enabled = lambda pod: False
+kinds = {}
+for code in (1, 2):
+    try:
+        light.cleanup(finished(code), finished(code))
+    except Exception as error:
+        kinds[code] = type(error).__name__
+answer({
+    "training": pod_of(training, ["--model=ranker", "", "--epochs=4"]),
+    "light": pod_of(light, ["--action=start"]),
+    "pool": training.pool, "xcom": training.do_xcom_push, "templated": list(training.template_fields),
+    "kinds": sorted({type(t).__name__ for t in continual_training.dag.tasks}),
+    "failures": kinds,
+})
+"""
+ON_KUBERNETES = {
+    "FRESHET_LAUNCHER": "kubernetes",
+    "FRESHET_IMAGE": "registry.example/freshet@sha256:0",
+    "FRESHET_TRAINING_MEMORY": "48Gi",
+    "AIRFLOW_CONN_KUBERNETES_DEFAULT": '{"conn_type": "kubernetes", "extra": {"in_cluster": false}}',
+}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of several local steps."""
+    home = tmp_path_factory.mktemp("local")
+    for version in (1, 2):
+        publish(Storage(f"file://{home}/store"), version)
+    found: dict[str, Any] = call(home, LOCAL)
+    return found
+
+
+def test_a_local_step_returns_its_result(local: dict[str, Any]) -> None:
+    kind, answer = local["good"]
+    assert kind == "done" and answer["stage"] == "gate"
+
+
+def test_wrong_input_is_told_apart_from_what_a_retry_may_mend(local: dict[str, Any]) -> None:
+    kind, message = local["wrong input"]
+    assert kind == "AirflowFailException" and message.startswith("rollout: the latest rollout is of ranker 1")
+    kind, message = local["wrong flag"]
+    assert kind == "AirflowFailException" and "--no-such-flag" in message
+    kind, message = local["crash"]
+    assert kind == "AirflowException" and "exit code 1" in message
+
+
+def test_a_step_without_work_is_skipped(local: dict[str, Any]) -> None:
+    assert local["skipped"][0] == "AirflowSkipException"
+
+
+def test_killing_a_local_step_stops_what_it_started(local: dict[str, Any]) -> None:
+    pid, kind, message = local["killed"]
+    assert kind == "AirflowException" and f"exit code {-signal.SIGTERM}" in message
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_wrong_launcher_setting_says_what_to_set(local: dict[str, Any]) -> None:
+    assert "set it to local or kubernetes" in local["unknown launcher"]
+    assert "FRESHET_IMAGE is not set" in local["no image"]
+
+
+@pytest.fixture(scope="module")
+def pods(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Pods as they would be sent to a cluster, and how finished ones are judged; no cluster is asked."""
+    found: dict[str, Any] = call(tmp_path_factory.mktemp("pods"), KUBERNETES, ON_KUBERNETES)
+    return found
+
+
+def test_a_step_becomes_a_pod_with_image_resources_secrets_and_result(pods: dict[str, Any]) -> None:
+    training = pods["training"]
+    base, sidecar = training["spec"]["containers"]
+    assert base["command"] == ["python", "-m", "components.pretrain"]
+    assert base["args"] == ["--model=ranker", "--epochs=4"]
+    assert base["image"] == "registry.example/freshet@sha256:0"
+    assert base["resources"]["limits"] == {"memory": "48Gi", "nvidia.com/gpu": "1"}
+    assert base["resources"]["requests"]["memory"] == "48Gi"
+    assert base["security_context"]["run_as_non_root"] is True
+    variables = {variable["name"]: variable["value"] for variable in base["env"]}
+    assert variables["FRESHET_RESULT_PATH"] == "/airflow/xcom/return.json"
+    assert "run_id" in variables["AIRFLOW_CTX_DAG_RUN_ID"]
+    sources = [(s["config_map_ref"] or s["secret_ref"])["name"] for s in base["env_from"]]
+    assert sources == ["freshet", "freshet"]
+    assert sidecar["name"] == "airflow-xcom-sidecar" and pods["xcom"] is True
+    assert training["metadata"]["namespace"] == "freshet" and pods["pool"] == "gpu"
+    assert {"flags", "skip_unless", "env_vars"} <= set(pods["templated"])
+    light = pods["light"]["spec"]["containers"][0]
+    assert "nvidia.com/gpu" not in light["resources"]["limits"]
+    assert pods["kinds"] == ["PodStep"]
+
+
+def test_a_pod_that_refuses_its_input_is_not_retried(pods: dict[str, Any]) -> None:
+    assert pods["failures"] == {"1": "AirflowException", "2": "AirflowFailException"}
