@@ -36,7 +36,10 @@ test: lint ## lint, unit, integration and a short end-to-end run of the whole lo
 unit: setup ## the quick tests alone
 	@$(PY) -m pytest -m "$(SLOW) and not integration and not end_to_end"
 
-browser: setup ## look at the UIs with headless Chromium; writes docs/images
+browser: setup ## look at the UIs of a running demo with headless Chromium; writes docs/images
+	@command -v chromium >/dev/null || apt-get install -y -qq chromium || \
+	  { echo "error: run: sudo apt-get install -y chromium" >&2; exit 1; }
+	@$(VENV)/bin/uv pip install -q -p $(VENV) -r infra/browser-requirements.txt
 	@$(PY) -m pytest -m browser tests/browser
 
 sanitize: setup ## the C++ tests under ASan and UBSan

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from components.errors import FreshetError
 
-WHERE_THINGS_ARE = frozenset({"root", "tracking_uri"})
+WHERE_THINGS_ARE = frozenset({"root", "tracking_uri", "spark"})
 """Fields that say where things are kept, not what is computed: they never enter a config hash or a form."""
 
 

@@ -85,10 +85,11 @@ class Rules:
     def history_start_us(self) -> int:
         return min(window.start_us for window in [*self.joined, self.window])
 
-    def horizon(self, window: Window) -> Window:
-        """The stretch of time whose earlier results this join has to know, for lookups by `Window.overlaps`."""
+    @property
+    def remembered(self) -> list[Window]:
+        """The windows joined before whose results this join has to know; later ones too, when it fills a gap."""
         reach = self.memory_s + self.max_lateness_s + self.attribution_window_s + 3600  # files hold whole hours
-        return Window(window.start - timedelta(seconds=reach), window.end)
+        return [w for w in self.joined if w.end > self.window.start - timedelta(seconds=reach)]
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,20 @@ def join(
     """Decide the fate of each event.
 
     impressions, actions: log rows as of `event_log.read_events`; published: interactions of earlier joins;
-    quarantined: quarantine rows of earlier joins (both within `Rules.horizon`).
+    quarantined: quarantine rows of earlier joins (both of `Rules.remembered`).
     """
     from pyspark.sql import functions as F
 
     emitted = published.select(*IMPRESSION_KEY, "user_id", F.unix_micros("timestamp").alias("shown_us"), "actions")
     judged = _judge_impressions(impressions, emitted, _keys(quarantined, "impression"), rules)
     return Joined(judged, _judge_actions(actions, judged, emitted, _keys(quarantined, "action"), rules))
+
+
+def _after(event: Column, known: Column) -> Column:
+    """An action that arrives before its impression becomes known with it: until then nobody knows what it is about."""
+    from pyspark.sql import functions as F
+
+    return event.withField("known_at", F.greatest(event["known_at"], known))
 
 
 def interactions(joined: Joined) -> DataFrame:
@@ -141,12 +149,14 @@ def interactions(joined: Joined) -> DataFrame:
         )
     )
     rows = joined.impressions.where(F.col("fate").isin(*EMITTED)).join(taken, list(IMPRESSION_KEY), "left")
+    known = F.greatest("timestamp_us", "received_us")
+    rows = rows.withColumn("events", F.array_sort(F.transform("events", lambda event: _after(event, known))))
     return rows.select(
         "request_id",
         "user_id",
         "item_id",
         F.timestamp_micros("timestamp_us").alias("timestamp"),
-        F.timestamp_micros(F.greatest("timestamp_us", "received_us")).alias("known_at"),
+        F.timestamp_micros(known).alias("known_at"),
         "position",
         "page",
         "version",

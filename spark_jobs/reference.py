@@ -154,7 +154,8 @@ def _attach(interaction: Row, action: Row) -> None:
     mask = action_bit(action["action"])
     value = action["value"] or 0.0
     interaction["actions"] |= mask
-    interaction["events"].append((max(action["timestamp"], action["received_at"]), mask, value))
+    known_at = max(action["timestamp"], action["received_at"], interaction["known_at"])
+    interaction["events"].append((known_at, mask, value))
     if action["action"] == "watch":
         interaction["watch_s"] = max(interaction["watch_s"], value)
 

@@ -76,7 +76,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
     joined_before = published(storage)
     _refuse_overlap(window, joined_before)
     rules = Rules(window, config.attribution_window_s, config.max_lateness_s, config.memory_s, joined_before)
-    earlier = [manifest_of(storage, w) for w in joined_before if w.overlaps(rules.horizon(window))]
+    earlier = [manifest_of(storage, w) for w in rules.remembered]
     impressions, actions, rows = _inputs(storage, rules, earlier)
     spark = session(config.spark, config.root)
     tune(spark, rows)

@@ -64,6 +64,8 @@ class Stack:
             "FRESHET_SERVER_URL": self.url("serve"),
             "FRESHET_LAUNCHER": "local",
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six idle processes for features that are not used here
+            "MLFLOW_DISABLE_TELEMETRY": "true",
             "GIT_PYTHON_REFRESH": "quiet",
             **self._airflow_settings(),
         }

@@ -123,10 +123,10 @@ class Story:
         """Wait until the server has applied `delta` of the ranker `version`; its part of /v1/status."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            for loaded in self.server_status()["models"]:
-                if loaded["model"] == "ranker" and loaded["version"] == version and loaded["delta"] >= delta:
-                    found: dict[str, Any] = loaded
-                    return found
+            for track in self.server_status()["tracks"].values():
+                ranker: dict[str, Any] = track["ranker"]
+                if ranker["version"] == version and ranker["delta"] >= delta:
+                    return ranker
             time.sleep(0.5)
         raise FreshetError(f"the server has not applied delta {delta} of ranker {version} after {timeout:.0f} s")
 

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of KuaiRand-Pure")
     parser.add_argument("--day-offset", type=int, default=8, help="hours that a day starts before UTC midnight")
-    parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the tensor library; the batches are small")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the ranker")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
