@@ -55,7 +55,7 @@ down: ## stop what `make up` or `make demo` started
 	@if [ -x $(PY) ]; then $(PY) -m infra.local.down; fi
 
 bench-kuairand: setup ## HSTU ranker against the item-user rate baselines (DATA=path/to/KuaiRand-Pure)
-	@$(PY) -m model.experiments.kuairand $(if $(DATA),--data "$(DATA)")
+	@$(PY) -m model.experiments.kuairand --threads=1 --data "$(or $(DATA),../shared/data/KuaiRand-Pure)"
 
 lock: $(STAMP) ## resolve requirements.in again
 	@$(VENV)/bin/uv pip install -q -p $(VENV) -r requirements.in

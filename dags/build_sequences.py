@@ -27,7 +27,9 @@ from dags.launcher import Ref, component_task, form, freshet_dag, from_form
 
 
 def history_window(params: Mapping[str, Any]) -> str:
-    """The window key of the stretch to join."""
+    """The window key of the stretch to join; '' when none is given, which skips the task."""
+    if not (params["join_from"] or params["join_until"]):
+        return ""
     try:
         return Window(parse_time(params["join_from"]), parse_time(params["join_until"])).key
     except BadInput as error:

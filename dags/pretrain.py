@@ -25,7 +25,7 @@ from dags.launcher import Ref, component_task, form, freshet_dag, from_form, res
 
 FORM = form(PretrainConfig, "Model", exclude=["model"])
 SECTIONS = {
-    "Data": ("dataset", "learn_eval", "threads"),
+    "Data": ("dataset", "learn_eval", "device", "threads"),
     "Learning": (
         *("epochs", "batch_tokens", "dense_lr", "table_lr", "bias_lr", "warmup", "final_lr", "weight_decay"),
         *("clip_norm", "dropout", "input_dropout", "seed"),

@@ -95,6 +95,12 @@ class Visibility:
             self._blocks = _layout(self.offsets, self.begin, self.end)
         return self._blocks
 
+    def to(self, device: torch.device) -> Visibility:
+        """The same visibility on another device; itself when it is there already."""
+        if self.begin.device == device:
+            return self
+        return Visibility(self.offsets.to(device), self.begin.to(device), self.end.to(device))
+
     def _check(self) -> None:
         lengths = self.offsets[1:] - self.offsets[:-1]
         if int(self.offsets[-1]) != self.begin.numel() or self.begin.shape != self.end.shape:

@@ -31,9 +31,9 @@ class RankerConfig(ModelConfig):
     bias_slots: str = Field(
         default="item,user,page", description="Features with an additive logit per action of their own"
     )
-    bias_lr: float = Field(default=0.05, gt=0, description="Learning rate of the additive logits, pretraining")
-    continual_bias_lr: float = Field(default=0.05, gt=0, description="Learning rate of the additive logits, continual")
-    bias_accumulator: float = Field(default=1.0, ge=0, description="Start of the Adagrad sums of the additive logits")
+    bias_lr: float = Field(default=0.2, gt=0, description="Learning rate of the additive logits, pretraining")
+    continual_bias_lr: float = Field(default=0.1, gt=0, description="Learning rate of the additive logits, continual")
+    bias_accumulator: float = Field(default=0.1, ge=0, description="Start of the Adagrad sums of the additive logits")
 
     def head_names(self) -> list[str]:
         """Names of the predicted actions."""

@@ -45,11 +45,17 @@ class SequenceModel(nn.Module, ABC):
         """Learning rate of a slot's rows in a phase."""
         return self.config.continual_table_lr if continual else self.config.table_lr
 
+    def place(self, device: torch.device) -> None:
+        """Move the HSTU stack to a device. Tables and token features stay on the host, as do inputs and outputs."""
+        for part in (self.hstu, self.norm, self.head):
+            part.to(device)
+
     def encode(self, tokens: Tokens) -> Tensor:
-        """(T,) tokens -> (N, outputs) at the targets."""
-        x = self.input_dropout(self.embedding(tokens))
-        h = self.hstu(x, tokens.seen, tokens.query_time, tokens.key_time)
-        y: Tensor = self.head(self.norm(h[tokens.targets]))
+        """(T,) tokens -> (N, outputs) at the targets, on the host."""
+        device = self.head.weight.device
+        x = self.input_dropout(self.embedding(tokens)).to(device)
+        h = self.hstu(x, tokens.seen.to(device), tokens.query_time.to(device), tokens.key_time.to(device))
+        y: Tensor = self.head(self.norm(h[tokens.targets.to(device)])).cpu()
         return y
 
     @abstractmethod

@@ -35,7 +35,7 @@ class ModelConfig(BaseModel):
         default="adagrad", description="sgd, adagrad, rowwise_adagrad or adam, inside the rows"
     )
     table_accumulator: float = Field(
-        default=10.0, ge=0, description="Start of the Adagrad sums: larger = slower for rare ids"
+        default=30.0, ge=0, description="Start of the Adagrad sums: larger = slower for rare ids"
     )
     epochs: int = Field(
         default=2, ge=1, le=1000, description="Passes over the data in pretraining (a window is passed once)"

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 from model.dataset import SequenceDataset
 from model.inputs import MICROSECONDS, UserEvents
 from model.sequence_model import SequenceModel
@@ -114,6 +114,12 @@ class Trainer:
         """Scale all gradients, dense and of tables, so that their joint norm is at most clip_norm."""
         squares = sum(float(p.grad.double().square().sum()) for p in self.parameters.values() if p.grad is not None)
         norm = float(np.sqrt(squares + sum(table.gradient_squared_norm() for table in tables.values())))
+        if not np.isfinite(norm):
+            for table in tables.values():
+                table.discard()
+            raise FreshetError(
+                f"training diverged at step {self.step}: the gradient is {norm}; lower the learning rates"
+            )
         limit = self.model.config.clip_norm
         if norm > limit:
             for p in self.parameters.values():
@@ -143,8 +149,8 @@ class Trainer:
     # State: plain tensors only
 
     def dense(self) -> dict[str, Tensor]:
-        """Dense parameters by name, detached copies."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Dense parameters by name, detached copies on the host."""
+        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
 
     def load_dense(self, tensors: dict[str, Tensor]) -> None:
         """Set every dense parameter. Raises BadInput unless names and shapes match."""
@@ -160,7 +166,7 @@ class Trainer:
         state = {"trainer/step": torch.tensor(self.step, dtype=torch.int64)}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                state[f"{name}/{key}"] = value.detach().clone()
+                state[f"{name}/{key}"] = value.detach().cpu().clone()
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
@@ -173,7 +179,9 @@ class Trainer:
                 continue
             if name not in self.parameters:
                 raise BadInput(f"optimiser state for an unknown parameter {name}; use the config it was made with")
-            self.optimizer.state[self.parameters[name]][key] = value.clone()
+            parameter = self.parameters[name]
+            place = value.device if key == "step" else parameter.device  # Adam counts its steps on the host
+            self.optimizer.state[parameter][key] = value.to(place, copy=True)
 
     def export_state(self) -> dict[str, Tensor]:
         """Everything training depends on: dense/, optimizer/, tables/<slot>/{keys,weights,state,last_update_us}."""

@@ -28,6 +28,9 @@ class FinetuneConfig(TrackedConfig):
         default=None, gt=0, le=10, description="learning rate of the ranker's biases"
     )
     continual_batch_tokens: int | None = Field(default=None, ge=16, le=10_000_000, description="tokens per batch")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the HSTU stack is trained; auto: a CUDA device if there is one"
+    )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; another number can change the last bits")
 
     def overrides(self) -> dict[str, float]:

@@ -29,6 +29,8 @@ from components.storage import Storage
 from components.windows import Window, from_us
 
 if TYPE_CHECKING:
+    import torch
+
     from components.registry import Registry
     from components.sequence_data import Items, Part
     from model.trainer import Trainer
@@ -106,14 +108,15 @@ def _learn(
 ) -> LogManifest:
     import torch
 
-    from components.parameters.bridge import close_epochs, export_changes
+    from components.parameters.bridge import choose_device, close_epochs, export_changes
     from components.tracking import Tracker
     from components.training import fit
 
     torch.set_num_threads(config.threads)
     part, items = sequence_data.read_part(storage, dataset, "train"), sequence_data.read_items(storage)
     reader = LogReader(storage, config.model, version)
-    trainer = _restore(reader, items, part, head, config.overrides(), with_state=True)
+    device = choose_device(config.device)
+    trainer = _restore(reader, items, part, head, config.overrides(), device, with_state=True)
     n, window = head + 1, ",".join(dataset.windows)
     name = f"{config.model} {version} delta {n}: {window}"
     key = f"{EXPERIMENT}:{config.model}:{version}:{window}"
@@ -140,6 +143,7 @@ def _prequential(
     config: FinetuneConfig, reader: LogReader, trainer: Trainer, items: Items, part: Part, head: int
 ) -> dict[str, float]:
     """Metrics of the version as it is, and of the version as it was pretrained, before either sees the labels."""
+    from components.parameters.bridge import choose_device
     from components.quality import measure
 
     metrics = measure(trainer, part.users).metrics
@@ -147,12 +151,20 @@ def _prequential(
         return metrics
     frozen = metrics
     if head > 0 and part.users is not None:
-        frozen = measure(_restore(reader, items, part, 0, {}, with_state=False), part.users).metrics
+        device = choose_device(config.device)
+        frozen = measure(_restore(reader, items, part, 0, {}, device, with_state=False), part.users).metrics
     return metrics | {FROZEN + name: value for name, value in frozen.items()}
 
 
 def _restore(
-    reader: LogReader, items: Items, part: Part, n: int, overrides: dict[str, Any], *, with_state: bool
+    reader: LogReader,
+    items: Items,
+    part: Part,
+    n: int,
+    overrides: dict[str, Any],
+    device: torch.device,
+    *,
+    with_state: bool,
 ) -> Trainer:
     """A trainer that stands exactly where the one that published n stood."""
     from components.parameters.bridge import build_model, load_into
@@ -161,6 +173,7 @@ def _restore(
 
     settings = {**reader.manifest(n).config, **overrides}
     trainer = Trainer(build_model(reader.model, settings, items.catalogue))
+    trainer.model.place(device)
     load_into(trainer, reader.load(n, with_state=with_state))
     choose_items(trainer, items, part)
     return trainer

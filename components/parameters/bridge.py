@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from model.trainer import Trainer
 
 
+def choose_device(wanted: str) -> torch.device:
+    """'auto' is a CUDA device if there is one, else the CPU; BadInput when 'cuda' is wanted and absent."""
+    import torch
+
+    present = torch.cuda.is_available()
+    if wanted == "cuda" and not present:
+        raise BadInput("device cuda was asked for, but torch finds none; use auto or cpu, or run where there is a GPU")
+    return torch.device("cuda" if present and wanted != "cpu" else "cpu")
+
+
 def build_model(name: str, config: Mapping[str, Any], catalogue: ItemCatalogue) -> SequenceModel:
     """A fresh model; its initial weights depend on the config alone. BadInput when the config does not fit."""
     import torch

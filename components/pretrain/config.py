@@ -20,6 +20,9 @@ class _Work(TrackedConfig):
     learn_eval: bool = Field(
         default=True, description="after measuring on the eval part, learn from it too, as from a continual window"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the HSTU stack is trained; auto: a CUDA device if there is one"
+    )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; another number can change the last bits")
 
 
@@ -28,12 +31,12 @@ class PretrainConfig(ModelConfig, _Work):
 
     heads: str = Field(default="click,long_view,like", description="Actions predicted, one output each (ranker)")
     bias_slots: str = Field(default="item,user,page", description="Features with an additive logit per action (ranker)")
-    bias_lr: float = Field(default=0.05, gt=0, description="Learning rate of the additive logits, pretraining (ranker)")
+    bias_lr: float = Field(default=0.2, gt=0, description="Learning rate of the additive logits, pretraining (ranker)")
     continual_bias_lr: float = Field(
-        default=0.05, gt=0, description="Learning rate of the additive logits, continual (ranker)"
+        default=0.1, gt=0, description="Learning rate of the additive logits, continual (ranker)"
     )
     bias_accumulator: float = Field(
-        default=1.0, ge=0, description="Start of the Adagrad sums of additive logits (ranker)"
+        default=0.1, ge=0, description="Start of the Adagrad sums of additive logits (ranker)"
     )
     positive_actions: str = Field(
         default="click,long_view,like,rating", description="What makes a positive (retriever)"

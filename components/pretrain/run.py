@@ -67,7 +67,7 @@ def model_settings(config: PretrainConfig) -> dict[str, Any]:
 def _train(config: PretrainConfig, storage: Storage, folder: str, tracker: Tracker) -> Checkpoint:
     import torch
 
-    from components.parameters.bridge import build_model, export_all
+    from components.parameters.bridge import build_model, choose_device, export_all
     from components.quality import baseline, choose_items, measure
     from components.registry import CHAMPION, Registry
     from components.training import fit
@@ -82,6 +82,7 @@ def _train(config: PretrainConfig, storage: Storage, folder: str, tracker: Track
     torch.set_num_threads(config.threads)
     settings = model_settings(config)
     trainer = Trainer(build_model(config.model, settings, items.catalogue))
+    trainer.model.place(choose_device(config.device))
     choose_items(trainer, items, learn)
     champion = Registry(config.tracking_uri).alias(config.model, CHAMPION)
     params = config.model_dump(exclude={"root", "tracking_uri"})

@@ -81,7 +81,7 @@ class Airflow:
             if time.monotonic() > deadline:
                 raise FreshetError(f"{run.dag_id} is still {state} after {timeout:.0f} s: {self.task_states(run)}")
             tick()
-            time.sleep(1)
+            time.sleep(2)  # each look costs the API server a tenth of a second of CPU
         if state == "failed":
             raise FreshetError(f"{run.dag_id} failed ({self.page(run)})\n{self._failures(run)}")
 

@@ -32,7 +32,7 @@ def main() -> int:
         run(Stack.demo(), console, data)
     except FreshetError as error:
         console.print("[red]the demo failed[/red]")
-        console.print(str(error), markup=False)
+        console.print(str(error), markup=False, soft_wrap=True)
         return 2 if isinstance(error, BadInput) else 1
     return 0
 

@@ -38,10 +38,10 @@ class Scale:
     """How large the story is; `world` and `pretrain` are settings of ingest and of the DAG pretrain."""
 
     windows_before: int = 2
-    windows_after: int = 4
+    windows_after: int = 3
     requests: int = 400
     rate: float = 25.0
-    world: dict[str, Any] = field(default_factory=dict)
+    world: dict[str, Any] = field(default_factory=lambda: {"world_shift_correlation": -0.3, "world_day_s": 600})
     pretrain: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +95,7 @@ class SyntheticStory(Story):
             pending, start = (Window(start, end), note), end
         if pending:
             self.learn(*pending)
-        self.last_end = start
+            self.newest = pending[0]
 
     def start_traffic(self, requests: int) -> subprocess.Popen[str]:
         return self.component(
@@ -110,13 +110,14 @@ class SyntheticStory(Story):
 
     def learn(self, window: Window, note: str) -> None:
         time.sleep(max(0.0, window.end.timestamp() + ATTRIBUTION_S - time.time()))
-        self.train_window(
-            window, {**ONE_THREAD, "attribution_window_s": ATTRIBUTION_S}, f"continual_training {window.key}", note
-        )
+        # The planted shift changes the rates of feedback more than a join would accept elsewhere.
+        conf = {**ONE_THREAD, "attribution_window_s": ATTRIBUTION_S, "max_label_ratio": 100}
+        self.train_window(window, conf, f"continual_training {window.key}", note)
 
     def second_release(self) -> None:
         """Retrain on everything so far; while users go on, the new release passes shadow and canary."""
-        self.run_dag("build_sequences", {"split": ""}, "build_sequences (with the live windows)")
+        split = {"split": self.newest.start.isoformat()}
+        self.run_dag("build_sequences", split, "build_sequences (with the live windows)")
         rollout = self.roll_out({"seed": 2}, "pretrain (second release)")
         users = self.start_traffic(0)
         try:

@@ -113,7 +113,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for day, (one, other) in enumerate(zip(frozen, continual, strict=True), start=1):
         gain = other["click/auc"] - one["click/auc"]
         print(f"window {day}: click AUC frozen {one['click/auc']:.4f} continual {other['click/auc']:.4f} ({gain:+.4f})")
-    print(json.dumps(seconds | {"config": config.model_dump()}))
+    gains = {
+        f"{phase}_{action}_auc_gain": rows[f"HSTU, {phase}"][f"{action}/auc"] - rows[f"rates, {kind}"][f"{action}/auc"]
+        for phase, kind in (("frozen", "frozen"), ("continual", "daily"))
+        for action in ("click", "long_view")
+    }
+    figures = {f"{name}_click_auc": row["click/auc"] for name, row in rows.items()}
+    print("RESULT " + json.dumps(gains | figures | seconds | {"config": config.model_dump()}))
 
 
 if __name__ == "__main__":

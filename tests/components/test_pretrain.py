@@ -131,7 +131,7 @@ def test_the_form_offers_exactly_the_settings_of_both_models_with_their_defaults
     form = form_fields(PretrainConfig)
     assert list(form)[:3] == ["model", "dataset", "learn_eval"] and form["model"]["enum"] == ["ranker", "retriever"]
     models = form_fields(RankerConfig) | form_fields(RetrieverConfig)
-    assert set(form) - {"model", "dataset", "learn_eval", "threads"} == set(models)
+    assert set(form) - {"model", "dataset", "learn_eval", "device", "threads"} == set(models)
     for name, field in models.items():
         told = {key: value for key, value in form[name].items() if key not in ("description", "title")}
         assert told == {key: value for key, value in field.items() if key not in ("description", "title")}, name
@@ -146,3 +146,12 @@ def test_reading_a_steps_settings_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_gpu_that_is_wanted_and_absent_is_an_error(where: dict[str, Any]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(BadInput, match="use auto or cpu"):
+        pretrain(pretrain_config(where, device="cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from random import Random
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_the_score_at_serving_equals_the_prediction_in_training(ranker: Ranker) 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12, unique=True), st.integers(0, 100), st.randoms())
-def test_a_score_does_not_depend_on_the_other_candidates(items: list[int], seed: int, random) -> None:
+def test_a_score_does_not_depend_on_the_other_candidates(items: list[int], seed: int, random: Random) -> None:
     model = TRAINED.setdefault("ranker", Ranker(SMALL, catalogue()))
     history = user(1, 15, seed)
     together = model.score(history, np.array(items), NOW, 1)

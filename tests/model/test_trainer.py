@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 from components.schemas import action_bit
 from model.dataset import SequenceDataset
 from model.inputs import UserEvents
@@ -20,6 +21,7 @@ from model.trainer import Step, Trainer
 from tests.model.make import catalogue, table, user
 
 SMALL = {"dim": 8, "head_dim": 4, "window": 16, "batch_tokens": 200, "continual_batch_tokens": 100, "epochs": 2}
+Make = Callable[..., Ranker | Retriever]
 CLICK = action_bit("click")
 
 
@@ -63,7 +65,7 @@ def test_the_retriever_learns_what_users_like() -> None:
 
 @pytest.mark.parametrize("make", [ranker, retriever])
 @pytest.mark.parametrize("continual", [False, True])
-def test_training_twice_gives_the_same_bits(make, continual: bool) -> None:
+def test_training_twice_gives_the_same_bits(make: Make, continual: bool) -> None:
     states = []
     for _ in range(2):
         trainer = Trainer(make())
@@ -73,7 +75,7 @@ def test_training_twice_gives_the_same_bits(make, continual: bool) -> None:
 
 
 @pytest.mark.parametrize("make", [ranker, retriever])
-def test_stopping_anywhere_and_resuming_gives_the_same_bits(make) -> None:
+def test_stopping_anywhere_and_resuming_gives_the_same_bits(make: Make) -> None:
     whole = Trainer(make())
     saved: dict[str, torch.Tensor] = {}
 
@@ -123,6 +125,18 @@ def test_a_step_is_limited_by_the_norm_of_all_gradients_together() -> None:
     assert squares**0.5 == pytest.approx(1e-3, rel=1e-4)
 
 
+def test_a_gradient_that_is_not_finite_stops_training_and_changes_nothing() -> None:
+    trainer = Trainer(ranker())
+    trainer.fit(liking(10))
+    with torch.no_grad():
+        trainer.parameters["head.bias"][0] = float("nan")
+    before = trainer.export_state()
+    with pytest.raises(FreshetError, match="diverged"):
+        trainer.fit(liking(10))
+    after = trainer.export_state()
+    assert all(torch.equal(before[n], after[n]) for n in before if not n.endswith("head.bias"))
+
+
 def test_a_state_of_another_shape_is_refused() -> None:
     state = Trainer(ranker()).export_state()
     with pytest.raises(BadInput, match="config"):
@@ -169,3 +183,19 @@ def test_sequences_with_missing_columns_or_files_are_refused(tmp_path: Path) -> 
         SequenceDataset(table([user(1, 2)]).drop_columns(["action_mask"]))
     with pytest.raises(BadInput, match="no Parquet files"):
         SequenceDataset.from_path(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make", [ranker, retriever])
+def test_training_on_a_gpu_follows_training_on_the_cpu(make: Make) -> None:
+    states = []
+    for device in ("cpu", "cuda"):
+        trainer = Trainer(make(dropout=0.0, input_dropout=0.0))
+        trainer.model.place(torch.device(device))
+        trainer.fit(liking())
+        states.append(trainer.export_state())
+    assert states[0].keys() == states[1].keys()
+    assert all(tensor.device.type == "cpu" for tensor in states[1].values())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
