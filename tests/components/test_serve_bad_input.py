@@ -93,7 +93,7 @@ def event(**more: Any) -> dict[str, Any]:
         ("action", event(action="clik"), "unknown action 'clik'; known actions are click, like"),
         ("action", event(action="watch"), "watch needs a value in seconds"),
         ("action", event(action="watch", value=-1), "value"),
-        ("action", event(action="click", timestamp_us=now_us() + 60_000_000), "in the future"),
+        ("action", event(action="click", timestamp_us=now_us() + 3_600_000_000), "in the future"),
     ],
 )
 def test_a_bad_event_is_refused_with_a_reason_and_kept_in_quarantine(
