@@ -13,12 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from components.errors import FreshetError
+from components.errors import BadInput, FreshetError
+from components.windows import parse_time
 
 WHERE_THINGS_ARE = frozenset({"root", "tracking_uri", "spark"})
 """Fields that say where things are kept, not what is computed: they never enter a config hash or a form."""
@@ -26,6 +27,17 @@ WHERE_THINGS_ARE = frozenset({"root", "tracking_uri", "spark"})
 
 def default_root() -> str:
     return os.environ.get("FRESHET_ROOT", f"file://{Path.cwd()}/.freshet/store")
+
+
+def _readable_time(text: str) -> str:
+    try:
+        return text and parse_time(text).isoformat()
+    except BadInput as error:
+        raise ValueError(str(error)) from error
+
+
+TimeText = Annotated[str, AfterValidator(_readable_time)]
+"""A field that holds an ISO 8601 time, or '' where none is given; kept in UTC."""
 
 
 class StepConfig(BaseModel):

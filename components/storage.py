@@ -42,7 +42,7 @@ class LocalFiles:
     def write(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(path, data)
         os.replace(temporary, self.folder / path)
-        _sync_folder(temporary.parent)
+        sync_folder(temporary.parent)
 
     def create(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(path, data)
@@ -52,7 +52,7 @@ class LocalFiles:
             raise AlreadyExists(path) from None
         finally:
             temporary.unlink()
-        _sync_folder(temporary.parent)
+        sync_folder(temporary.parent)
 
     def exists(self, path: str) -> bool:
         return (self.folder / path).is_file()
@@ -196,7 +196,8 @@ class Storage:
         self.write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: an fsync of a file does not cover its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

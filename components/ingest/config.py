@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from components.config import StepConfig
+from components.config import StepConfig, TimeText
 from components.errors import BadInput
 from components.windows import parse_time, to_us
 from components.world.config import WorldConfig
@@ -20,10 +20,10 @@ class IngestConfig(StepConfig, WorldConfig):
         default="synthetic", description="adapter: synthetic, kuairand, movielens or files"
     )
     path: str = Field(default="", description="folder or file to read (every source but synthetic)")
-    from_time: str = Field(
+    from_time: TimeText = Field(
         default="", description="ISO time; only events at or after it (empty: from the first), so a log can be replayed"
     )
-    until_time: str = Field(default="", description="ISO time; only events before it (empty: to the last)")
+    until_time: TimeText = Field(default="", description="ISO time; only events before it (empty: to the last)")
     max_bad_share: float = Field(
         default=0.05, ge=0, le=1, description="largest share of bad rows; above it nothing enters the event log"
     )
@@ -48,14 +48,6 @@ class IngestConfig(StepConfig, WorldConfig):
         default="",
         description="files: theirs=our pairs for values of the action column, e.g. 'purchase=like,view=click'",
     )
-
-    @field_validator("from_time", "until_time")
-    @classmethod
-    def _readable_slice(cls, text: str) -> str:
-        try:
-            return text and parse_time(text).isoformat()
-        except Exception as error:
-            raise ValueError(str(error)) from error
 
     @property
     def from_us(self) -> int | None:

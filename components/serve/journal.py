@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from components.errors import BadInput
 from components.serve.shipping import ship
-from components.storage import Storage
+from components.storage import Storage, sync_folder
 
 Rows = dict[str, list[dict[str, Any]]]
 """Kind (impressions, actions, quarantine, shadow) -> rows; times in int microseconds."""
@@ -124,7 +124,7 @@ class Journal:
         self._number += 1
         path = self.folder / f"{self.server}-{self._number:08d}{_SUFFIX}"
         self._segment = path.open("xb")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return self._segment
 
     def _abandon(self) -> None:
@@ -207,11 +207,3 @@ def _take(folder: Path, root: str) -> BinaryIO:
         lock_file.write(root.encode())
         lock_file.flush()
     return lock_file
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from components.config import StepConfig
-from components.windows import parse_time
+from components.config import StepConfig, TimeText
 
 
 class TrafficConfig(StepConfig):
@@ -18,7 +17,9 @@ class TrafficConfig(StepConfig):
     concurrency: int = Field(default=8, ge=1, le=256, description="most requests in flight")
     slate: int = Field(default=10, ge=1, le=200, description="items asked for in a request")
     seed: int = Field(default=1, ge=0, le=2**31 - 1, description="seed of users, pages and feedback")
-    shift_at: str = Field(default="", description="ISO time of the preference shift (empty: as recorded in the world)")
+    shift_at: TimeText = Field(
+        default="", description="ISO time of the preference shift (empty: as recorded in the world)"
+    )
     day_s: float = Field(
         default=0.0, ge=0, le=86_400, description="seconds of a world day, for new items (0: as recorded in the world)"
     )
@@ -34,11 +35,3 @@ class TrafficConfig(StepConfig):
     give_up_s: float = Field(
         default=60.0, gt=0, le=3600, description="fail when the server has not answered a call for so long"
     )
-
-    @field_validator("shift_at")
-    @classmethod
-    def _readable_time(cls, text: str) -> str:
-        try:
-            return text and parse_time(text).isoformat()
-        except Exception as error:
-            raise ValueError(str(error)) from error

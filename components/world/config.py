@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
+from components.config import TimeText
 from components.windows import parse_time, to_us
 
 
@@ -15,7 +16,7 @@ class WorldConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     world_seed: int = Field(default=7, ge=0, le=2**31 - 1, description="seed of everything random in the world")
-    world_end: str = Field(
+    world_end: TimeText = Field(
         default="",
         description="ISO time at which the world's history ends and its live time begins "
         "(empty: as recorded in the root, else the current minute)",
@@ -34,7 +35,7 @@ class WorldConfig(BaseModel):
     world_day_s: float = Field(
         default=86_400.0, ge=1, le=86_400, description="length of a world day after world_end, in seconds of real time"
     )
-    world_shift_at: str = Field(default="", description="ISO time of the preference shift (empty: never)")
+    world_shift_at: TimeText = Field(default="", description="ISO time of the preference shift (empty: never)")
     world_shift_correlation: float = Field(
         default=-0.8,
         ge=-1,
@@ -46,15 +47,6 @@ class WorldConfig(BaseModel):
     world_malformed_share: float = Field(
         default=0.003, ge=0, le=0.5, description="malformed rows, as a share of the valid ones"
     )
-
-    @field_validator("world_end", "world_shift_at")
-    @classmethod
-    def _readable_time(cls, text: str) -> str:
-        """Refuse what is no time; keep the rest as written."""
-        try:
-            return text and parse_time(text).isoformat()
-        except Exception as error:
-            raise ValueError(str(error)) from error
 
     def world(self) -> WorldConfig:
         """These settings alone, without those of the step that inherits them."""
