@@ -1,10 +1,10 @@
 """Pretrain a model on a sequence dataset and keep a checkpoint.
 
 Learns the dataset's train part for some epochs, measures the model on the eval part (beside the baseline of item and
-user rates), then learns from the eval part too, once and in event order, so that no event is left out
-(--no-learn-eval keeps it apart), and writes a checkpoint that `register` turns into a version. The MLflow run
-(experiment `pretrain`) holds the settings, loss and speed by step, the learning curve, the calibration plot, the
-dataset's manifest and the metrics.
+user rates, and beside the champion as it was before those events), then learns from the eval part too, once and in
+event order, so that no event is left out (--no-learn-eval keeps it apart), and writes a checkpoint that `register`
+turns into a version. The MLflow run (experiment `pretrain`) holds the settings, loss and speed by step, the learning
+curve, the calibration plot, the dataset's manifest and the metrics.
 
 A finished checkpoint with the same settings is returned as it is, without training.
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from components import sequence_data
 from components.errors import BadInput
 from components.parameters.checkpoint import Checkpoint, checkpoint_folder, find_checkpoint, save_checkpoint
+from components.pretrain.champion import measure_champion
 from components.pretrain.config import PretrainConfig
 from components.storage import Storage
 
@@ -99,6 +100,8 @@ def _train(config: PretrainConfig, storage: Storage, folder: str, tracker: Track
             choose_items(trainer, items, unseen)
             quality = measure(trainer, unseen.users)
             metrics = quality.metrics | baseline(trainer, learn, unseen)
+            if champion is not None:
+                metrics |= measure_champion(storage, config.model, champion, items, unseen)
             tracked.calibration(quality.curves, name)
             if config.learn_eval and unseen.users is not None:
                 trainer.fit(unseen.users, continual=True)

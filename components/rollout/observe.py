@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.pretrain.champion import PREFIX, VERSION
 from components.rollout.assignment import serves_challenger
 from components.rollout.evidence import Arm, Observation, Serving
 from components.rollout.policy import Policy
@@ -45,10 +46,20 @@ def observe(storage: Storage, state: RolloutState, now: datetime, server_url: st
 
 
 def _offline(storage: Storage, champion: Release | None, challenger: Release) -> Observation:
-    return Observation(
-        offline_champion=offline_metrics(storage, champion) if champion else {},
-        offline_challenger=offline_metrics(storage, challenger),
-    )
+    measured = offline_metrics(storage, challenger)
+    beside = measured_beside(measured, champion) if champion else {}
+    return Observation(offline_champion=beside, offline_challenger=measured)
+
+
+def measured_beside(metrics: dict[str, float], champion: Release) -> dict[str, float]:
+    """The champion's metrics on the candidate's own eval part; none of a champion that was another one then."""
+    found: dict[str, float] = {}
+    for model, version in (("ranker", champion.ranker), ("retriever", champion.retriever)):
+        prefix = f"{model}.{PREFIX}"
+        if metrics.get(f"{model}.{VERSION}") == version:
+            found |= {f"{model}.{n.removeprefix(prefix)}": v for n, v in metrics.items() if n.startswith(prefix)}
+            del found[f"{model}.version"]
+    return found
 
 
 def offline_metrics(storage: Storage, release: Release) -> dict[str, float]:

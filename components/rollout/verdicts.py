@@ -48,7 +48,8 @@ def gate(observation: Observation, policy: Policy, has_champion: bool) -> Verdic
 def _limit(limit: Limit, value: float | None, kind: str) -> Verdict:
     wanted = f"{kind}{limit.name} {limit.sign} {limit.bound:g}"
     if value is None or math.isnan(value):
-        return Verdict("inconclusive", f"{wanted} cannot be checked: no value; evaluate and publish the version")
+        remedy = "pretrain again on a dataset with an eval part, beside the champion of now"
+        return Verdict("inconclusive", f"{wanted} cannot be checked: no value; {remedy}")
     return Verdict("passed" if limit.holds(value) else "failed", f"{wanted}: {value:.4g}")
 
 

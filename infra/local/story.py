@@ -32,6 +32,7 @@ class WindowStory(BaseModel):
     window: str
     note: str = ""
     events: int
+    version: int
     auc: float
     frozen_auc: float
     ne: float
@@ -107,6 +108,7 @@ class Story:
                 window=f"{window.start:%m-%d %H:%M:%S}",
                 note=note,
                 events=self.airflow.result(run, "join")["counts"]["interactions"],
+                version=learned["version"],
                 auc=metrics[f"auc_{self.label}"],
                 frozen_auc=metrics[f"frozen_auc_{self.label}"],
                 ne=metrics[f"ne_{self.label}"],
@@ -152,12 +154,12 @@ class Story:
         table = Table(title=title, title_justify="left")
         for name in ("window", "events", "AUC frozen", "AUC continual", "NE frozen", "NE continual"):
             table.add_column(name, justify="right")
-        for name in ("delta", "rows synced", "served", "event age", ""):
+        for name in ("version", "delta", "rows synced", "served", "event age", ""):
             table.add_column(name, justify="right")
         for w in self.windows:
             table.add_row(
                 *(w.window, f"{w.events:,}", f"{w.frozen_auc:.3f}", f"{w.auc:.3f}", f"{w.frozen_ne:.3f}"),
-                *(f"{w.ne:.3f}", str(w.delta), f"{w.rows:,}", str(w.served_delta)),
+                *(f"{w.ne:.3f}", str(w.version), str(w.delta), f"{w.rows:,}", str(w.served_delta)),
                 *(_age(w.served_event_age_s), w.note),
             )
         return table

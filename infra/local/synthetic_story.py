@@ -1,4 +1,4 @@
-"""The demo on the synthetic world: live users, a shift of their preferences, and a second release on its way."""
+"""The demo on the synthetic world: live users, a second release on its way, and a shift of their preferences."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ ROLLOUT_RULES: dict[str, Any] = {
     "settle_s": 2,
     "max_p99_ms": 5000,
     "max_quality_drop": 0.3,
+    "gate_changes": "ranker.auc_click>=-0.05, ranker.ne_click<=0.1",
     "require_proof": False,
     "poll_s": 1,
 }
@@ -46,7 +47,7 @@ class Scale:
 
 
 class SyntheticStory(Story):
-    """Pretrain on the past, then learn from live windows; tastes change in the middle."""
+    """Pretrain on the past, learn from live windows, retrain and roll out, and go on while tastes change."""
 
     shift_at = ""
 
@@ -57,8 +58,10 @@ class SyntheticStory(Story):
     def tell(self) -> None:
         self.ingest_history()
         self.first_release()
-        self.live_windows()
+        self.live_windows(self.scale.windows_before)
         self.second_release()
+        self.shift()
+        self.live_windows(self.scale.windows_after)
         self.check_all_runs_succeeded()
 
     def ingest_history(self) -> None:
@@ -77,25 +80,22 @@ class SyntheticStory(Story):
         self.wait(self.roll_out({}, "pretrain (ranker and retriever)"), "rollout (first release)")
         self.wait_until_ready()
 
-    def live_windows(self) -> None:
-        """Traffic of the next window runs while the last one is learned from."""
-        pending: tuple[Window, str] | None = None
-        start = self.begin
-        for number in range(self.scale.windows_before + self.scale.windows_after):
-            shifted = number >= self.scale.windows_before
-            if shifted and not self.shift_at:
-                self.shift_at = whole_second().isoformat()
-                self.say("[bold]the users' preferences shift[/bold]")
+    def live_windows(self, count: int) -> None:
+        """Windows of live traffic; users of the next window come while the last one is learned from."""
+        pending: Window | None = None
+        for _ in range(count):
             traffic = self.start_traffic(self.scale.requests)
             if pending:
-                self.learn(*pending)
+                self.learn(pending)
             self.finish("traffic", traffic)
             end = whole_second() + timedelta(seconds=1)
-            note = "shift" if number == self.scale.windows_before else ""
-            pending, start = (Window(start, end), note), end
+            pending, self.begin = Window(self.begin, end), end
         if pending:
-            self.learn(*pending)
-            self.newest = pending[0]
+            self.learn(pending)
+
+    def shift(self) -> None:
+        self.shift_at = whole_second().isoformat()
+        self.say("[bold]the users' preferences shift[/bold]")
 
     def start_traffic(self, requests: int) -> subprocess.Popen[str]:
         return self.component(
@@ -108,14 +108,16 @@ class SyntheticStory(Story):
             seed=int(time.monotonic() * 1000) % 2**31,
         )
 
-    def learn(self, window: Window, note: str) -> None:
+    def learn(self, window: Window) -> None:
         time.sleep(max(0.0, window.end.timestamp() + ATTRIBUTION_S - time.time()))
         # The planted shift changes the rates of feedback more than a join would accept elsewhere.
         conf = {**ONE_THREAD, "attribution_window_s": ATTRIBUTION_S, "max_label_ratio": 100}
+        note = "shift" if len(self.windows) == self.scale.windows_before else ""
         self.train_window(window, conf, f"continual_training {window.key}", note)
+        self.newest = window
 
     def second_release(self) -> None:
-        """Retrain on everything so far; while users go on, the new release passes shadow and canary."""
+        """Retrain on everything so far; the new release passes shadow and canary while users go on."""
         split = {"split": self.newest.start.isoformat()}
         self.run_dag("build_sequences", split, "build_sequences (with the live windows)")
         rollout = self.roll_out({"seed": 2}, "pretrain (second release)")

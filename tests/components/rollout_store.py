@@ -20,10 +20,11 @@ from components.serve.api import TrackStatus
 from components.storage import Storage
 
 
-def publish(storage: Storage, version: int, auc: float = 0.7) -> None:
-    """What the gate reads of a published release."""
+def publish(storage: Storage, version: int, auc: float = 0.7, champion: int = 1) -> None:
+    """What the gate reads of a published release: its metrics, and those of the champion on the same events."""
+    beside = {"champion_version": champion, "champion_auc_click": 0.7, "champion_ne_click": 0.9}
     for model in ("ranker", "retriever"):
-        manifest = {"metrics": {"auc_click": auc, "ne_click": 0.9}}
+        manifest = {"metrics": {"auc_click": auc, "ne_click": 0.9, **beside}}
         storage.create(f"parameters/{model}/{version}/snapshot-0/manifest.json", json.dumps(manifest).encode())
 
 

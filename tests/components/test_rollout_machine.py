@@ -84,7 +84,7 @@ def test_the_gate_rejects_what_is_worse_than_the_champion() -> None:
 def test_a_gate_without_metrics_pauses_and_names_what_is_missing() -> None:
     state, _ = step(started(champion_state()), Observation(), START, POLICY)
     assert (state.stage, state.resume_to) == ("paused", "gate")
-    assert "ranker.auc_click" in state.reason and "evaluate" in state.reason
+    assert "ranker.auc_click" in state.reason and "pretrain again" in state.reason
 
 
 def test_approval_waits_for_a_person() -> None:

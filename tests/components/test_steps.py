@@ -22,6 +22,8 @@ from components.publish.run import run as publish
 from components.register.config import RegisterConfig
 from components.register.run import run as register
 from components.registry import Registry
+from components.rollout.observe import measured_beside, offline_metrics
+from components.rollout.state import Release
 from components.storage import Storage
 from tests.components.parameter_world import identical, small_log
 from tests.components.steps import published_version
@@ -152,3 +154,24 @@ def test_compaction_waits_for_enough_deltas_and_keeps_what_is_asked(tmp_path: Pa
     assert identical(LogReader(Storage(where["root"]), "ranker", 1).load(with_state=True), held[3])
     with pytest.raises(BadInput, match="publish the version first"):
         compact(CompactConfig(model="ranker", version=2, **where))
+
+
+def test_a_candidate_is_measured_beside_the_champion_as_it_was_before_those_events(
+    where: dict[str, Any], made: PretrainResult
+) -> None:
+    Registry(where["tracking_uri"]).set_alias("ranker", "champion", 1)
+    twin, version = published_version(where, seed=1, learn_eval=False)
+    beside = {name.removeprefix("champion_"): v for name, v in twin.metrics.items() if name.startswith("champion_")}
+    assert beside.pop("version") == 1
+    own = {name: value for name, value in made.metrics.items() if not name.startswith("baseline_")}
+    assert beside == own, "the champion had not learned from the eval part either"
+    storage, release = Storage(where["root"]), Release(ranker=version, retriever=1)
+    gate = measured_beside(offline_metrics(storage, release), Release(ranker=1, retriever=1))
+    assert gate == {f"ranker.{name}": value for name, value in own.items()}
+    assert measured_beside(offline_metrics(storage, release), Release(ranker=7, retriever=1)) == {}
+
+
+def test_a_champion_that_knows_the_events_already_is_not_compared_on_them(where: dict[str, Any]) -> None:
+    published_version(where)
+    Registry(where["tracking_uri"]).set_alias("ranker", "champion", 1)
+    assert not [name for name in published_version(where, seed=1)[0].metrics if name.startswith("champion_")]
