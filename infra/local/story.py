@@ -105,7 +105,7 @@ class Story:
         metrics = learned["metrics"]
         self.windows.append(
             WindowStory(
-                window=f"{window.start:%m-%d %H:%M:%S}",
+                window=f"{window.start:%m-%d %H:%M}",
                 note=note,
                 events=self.airflow.result(run, "join")["counts"]["interactions"],
                 version=learned["version"],
@@ -153,13 +153,13 @@ class Story:
         """The story, one row a window; AUC and NE are taken before the window is learned from."""
         table = Table(title=title, title_justify="left")
         for name in ("window", "events", "AUC frozen", "AUC continual", "NE frozen", "NE continual"):
-            table.add_column(name, justify="right")
-        for name in ("version", "delta", "rows synced", "served", "event age", ""):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("version", "delta", "rows synced", "event age", ""):
             table.add_column(name, justify="right")
         for w in self.windows:
             table.add_row(
                 *(w.window, f"{w.events:,}", f"{w.frozen_auc:.3f}", f"{w.auc:.3f}", f"{w.frozen_ne:.3f}"),
-                *(f"{w.ne:.3f}", str(w.version), str(w.delta), f"{w.rows:,}", str(w.served_delta)),
+                *(f"{w.ne:.3f}", str(w.version), str(w.delta), f"{w.rows:,}"),
                 *(_age(w.served_event_age_s), w.note),
             )
         return table

@@ -88,10 +88,15 @@ class SyntheticStory(Story):
             if pending:
                 self.learn(pending)
             self.finish("traffic", traffic)
-            end = whole_second() + timedelta(seconds=1)
-            pending, self.begin = Window(self.begin, end), end
+            pending = self.close_window()
         if pending:
             self.learn(pending)
+
+    def close_window(self) -> Window:
+        """The window from the end of the last one until now; the next one begins at its end."""
+        end = whole_second() + timedelta(seconds=1)
+        window, self.begin = Window(self.begin, end), end
+        return window
 
     def shift(self) -> None:
         self.shift_at = whole_second().isoformat()
@@ -112,7 +117,8 @@ class SyntheticStory(Story):
         time.sleep(max(0.0, window.end.timestamp() + ATTRIBUTION_S - time.time()))
         # The planted shift changes the rates of feedback more than a join would accept elsewhere.
         conf = {**ONE_THREAD, "attribution_window_s": ATTRIBUTION_S, "max_label_ratio": 100}
-        note = "shift" if len(self.windows) == self.scale.windows_before else ""
+        first = bool(self.shift_at) and not any(told.note for told in self.windows)
+        note = "shift" if first else ""
         self.train_window(window, conf, f"continual_training {window.key}", note)
         self.newest = window
 
@@ -127,6 +133,7 @@ class SyntheticStory(Story):
         finally:
             users.terminate()
             self.finish("traffic", users)
+        self.learn(self.close_window())
 
     def roll_out(self, settings: dict[str, Any], doing: str) -> DagRun:
         """Pretrain a release and start its rollout, by rules that fit a demo of minutes."""
@@ -135,7 +142,8 @@ class SyntheticStory(Story):
         return self.airflow.trigger("rollout", {**self.airflow.result(pretrain, "release"), **ROLLOUT_RULES})
 
     def recovery(self) -> dict[str, float]:
-        """AUC after the shift, leaving out the window in which it happened."""
-        after = self.windows[self.scale.windows_before + 1 :]
+        """Mean AUC after the window of the shift, from which the continually trained model could first learn of it."""
+        shifted = next(number for number, told in enumerate(self.windows) if told.note)
+        after = self.windows[shifted + 1 :]
         continual, frozen = mean([w.auc for w in after]), mean([w.frozen_auc for w in after])
         return {"continual": continual, "frozen": frozen, "difference": continual - frozen}

@@ -49,8 +49,8 @@ def test_every_dag_run_succeeds(story: SyntheticStory) -> None:
 
 
 def test_each_window_is_learned_from_and_served(story: SyntheticStory) -> None:
-    assert [(window.version, window.delta) for window in story.windows] == [(1, 1), (2, 1)]
-    assert [window.served_delta for window in story.windows] == [1, 1]
+    assert [(window.version, window.delta) for window in story.windows] == [(1, 1), (2, 1), (2, 2)]
+    assert [window.served_delta for window in story.windows] == [1, 1, 2]
     assert all(window.events > 0 and window.rows > 0 for window in story.windows)
     assert all(0 < window.served_event_age_s < 600 for window in story.windows)
 
@@ -63,7 +63,7 @@ def test_each_impression_is_in_exactly_one_window(story: SyntheticStory) -> None
         for manifest in published
         for row in manifests.read_part(storage, manifest, "data").select(["request_id", "item_id"]).to_pylist()
     ]
-    assert len(published) == 3 and len(keys) == len(set(keys)) > 8_000
+    assert len(published) == 4 and len(keys) == len(set(keys)) > 8_000
 
 
 def test_the_second_release_became_champion_through_shadow_and_canary(story: SyntheticStory) -> None:
@@ -92,7 +92,7 @@ def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(story
 
 def test_the_log_of_the_champion_can_be_restored_at_every_sync_point(story: SyntheticStory) -> None:
     reader = LogReader(Storage(story.stack.root), "ranker", 2)
-    assert [reader.load(n).n for n in range(reader.head() + 1)] == [0, 1]
+    assert [reader.load(n).n for n in range(reader.head() + 1)] == [0, 1, 2]
 
 
 def served(story: SyntheticStory) -> dict[str, Any]:
