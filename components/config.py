@@ -141,7 +141,12 @@ _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
 def _flat(schema: dict[str, Any]) -> dict[str, Any]:
-    """Turn pydantic's `anyOf: [X, null]` into `type: [X, null]`, the form Airflow's params understand."""
+    """Turn pydantic's `anyOf: [X, null]` into `type: [X, null]`, the form Airflow's params understand.
+
+    A text that may be empty becomes nullable too: Airflow's form demands a value for a plain string.
+    """
+    if schema.get("type") == "string" and schema.get("default") == "":
+        return {**schema, "type": ["string", "null"]}
     if "anyOf" not in schema:
         return schema
     rest = {k: v for k, v in schema.items() if k != "anyOf"}

@@ -31,14 +31,15 @@ def history_window(params: Mapping[str, Any]) -> str:
     if not (params["join_from"] or params["join_until"]):
         return ""
     try:
-        return Window(parse_time(params["join_from"]), parse_time(params["join_until"])).key
+        return Window(parse_time(params["join_from"] or ""), parse_time(params["join_until"] or "")).key
     except BadInput as error:
         raise AirflowFailException(f"join_from and join_until: {error}") from error
 
 
+MAYBE_TEXT = ["string", "null"]
 STRETCH = {
-    "join_from": Param("", type="string", section="Stretch", description="time to join from; empty: join nothing"),
-    "join_until": Param("", type="string", section="Stretch", description="time to join until (not included)"),
+    "join_from": Param("", type=MAYBE_TEXT, section="Stretch", description="time to join from; empty: join nothing"),
+    "join_until": Param("", type=MAYBE_TEXT, section="Stretch", description="time to join until (not included)"),
 }
 SEQUENCES_FORM = form(SequencesConfig, "Sequences", exclude=["mode", "window"])
 JOIN_FORM = form(JoinConfig, "Join", exclude=["window"])

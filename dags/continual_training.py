@@ -28,7 +28,9 @@ from dags.launcher import Ref, component_task, form, freshet_dag, from_form, res
 
 MODELS = ("ranker", "retriever")
 WINDOW = {
-    "window": Param("", type="string", section="Window", description="window key, for runs without a partition key"),
+    "window": Param(
+        "", type=["string", "null"], section="Window", description="window key, for runs without a partition key"
+    ),
     "window_hours": Param(
         1.0, type="number", exclusiveMinimum=0, maximum=8784, section="Window", description="length of a window (hours)"
     ),

@@ -58,11 +58,13 @@ def latest(stack: Stack, dag_id: str) -> str:
 def test_the_trigger_form_of_pretrain_shows_typed_and_described_fields(page: Any, stack: Stack) -> None:
     page.goto(f"{stack.url('airflow')}/dags/pretrain")
     page.get_by_role("button", name="Trigger").first.click()
-    page.get_by_text("id of the sequence dataset").first.wait_for(timeout=30_000)
+    page.get_by_role("button", name="Learning").click()
+    page.get_by_text("Passes over the data").first.wait_for(timeout=30_000)
     picture(page, "airflow-pretrain-form")
     content = page.content()
-    for text in ("Learning", "Passes over the data", "start the rollout"):
-        assert text in content, text
+    for text in ("id of the sequence dataset", "Embedding", "start the rollout"):
+        assert text.lower() in content.lower(), text
+    assert page.get_by_role("button", name="Trigger").last.is_enabled(), "the defaults are enough to start a run"
 
 
 def test_the_grid_of_a_finished_run_is_green(page: Any, stack: Stack) -> None:
@@ -76,7 +78,7 @@ def test_the_run_of_pretraining_in_mlflow_has_metrics_and_parameters(page: Any, 
     api = f"{stack.url('mlflow')}/api/2.0/mlflow"
     experiment = httpx.get(f"{api}/experiments/get-by-name", params={"experiment_name": "pretrain"}).json()
     number = experiment["experiment"]["experiment_id"]
-    search = {"experiment_ids": [number], "filter": "tags.model = 'ranker'", "max_results": 1}
+    search = {"experiment_ids": [number], "filter": "params.model = 'ranker'", "max_results": 1}
     run = httpx.post(f"{api}/runs/search", json=search).json()["runs"][0]["info"]["run_id"]
     page.goto(f"{stack.url('mlflow')}/#/experiments/{number}/runs/{run}")
     page.get_by_text("auc_click").first.wait_for(timeout=30_000)
