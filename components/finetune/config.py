@@ -34,6 +34,8 @@ class FinetuneConfig(TrackedConfig):
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; another number can change the last bits")
 
     def overrides(self) -> dict[str, float]:
-        """The model settings that are given here."""
+        """The model settings that are given here; the retriever has no biases."""
         chosen = self.model_dump(include={name for name in type(self).model_fields if name.startswith("continual_")})
+        if self.model == "retriever":
+            del chosen["continual_bias_lr"]
         return {name: value for name, value in chosen.items() if value is not None}

@@ -272,3 +272,9 @@ def test_of_two_trainers_of_one_window_one_publishes_and_the_other_is_told(
         learn(where, 1)
     assert reader_of(where).head() == 1
     assert learn(where, 1).n == 1
+
+
+def test_settings_of_the_form_that_a_model_does_not_have_are_not_its_own() -> None:
+    given = {"continual_table_lr": 0.2, "continual_bias_lr": 0.3}
+    assert FinetuneConfig.model_validate({"model": "ranker", **given}).overrides() == given
+    assert FinetuneConfig.model_validate({"model": "retriever", **given}).overrides() == {"continual_table_lr": 0.2}
