@@ -66,6 +66,7 @@ class Engine:
         self.storage, self.items, self.metrics = storage, items, metrics
         self.history_interactions = history_interactions
         self.errors: dict[str, str] = {}
+        self._found: dict[str, str] = {}  # of the round of sync at work
         self.tracks: Tracks | None = None
         self._loaded: dict[tuple[str, int], LoadedVersion] = {}
         self._failed: dict[tuple[str, int], Failure] = {}
@@ -74,13 +75,14 @@ class Engine:
     def sync(self) -> str:
         """Follow the record and the logs once. Returns a line that says what is served; never raises for bad logs."""
         with self._lock:
-            self.errors = {}
+            self._found = {}
             state = record.current(self.storage)
             applied = sum(self._sync_version(version) for version in list(self._loaded.values()))
             champion = self._track("champion", state.champion)
             challenger = self._track("challenger", state.challenger)
             if state.previous is not None:
                 self._track("champion", state.previous)  # stays loaded: a rollback is a change of pointer
+            self.errors = self._found  # at once: a reader never sees a round that is half done
             self._publish(state, champion, challenger)
             self._forget_unused()
             self._measure()
@@ -123,7 +125,7 @@ class Engine:
     def _sync_version(self, version: LoadedVersion) -> int:
         applied = version.sync()
         if version.error is not None:
-            self.errors[version.label()] = version.error
+            self._found[version.label()] = version.error
         return applied
 
     def _track(self, name: TrackName, release: Release | None) -> Track | None:
@@ -140,7 +142,7 @@ class Engine:
             if failure is None or time.monotonic() >= failure.retry_at:
                 self._load(key)
         if key in self._failed:
-            self.errors[f"{model} {version}"] = self._failed[key].message
+            self._found[f"{model} {version}"] = self._failed[key].message
         return self._loaded.get(key)
 
     def _load(self, key: tuple[str, int]) -> None:
@@ -156,7 +158,7 @@ class Engine:
         self._failed.pop(key, None)
         self._loaded[key] = loaded
         if loaded.error is not None:
-            self.errors[loaded.label()] = loaded.error
+            self._found[loaded.label()] = loaded.error
         log.info("%s loaded at %d in %.2f s", loaded.label(), loaded.n, time.perf_counter() - started)
         if loaded.reach() > self.history_interactions:
             log.warning(

@@ -115,6 +115,10 @@ def test_no_request_fails_or_sees_half_a_delta_while_deltas_arrive(toy_root: Pat
     assert len(set.union(*by_delta.values())) == len(by_delta)
 
 
+NEWCOMER = 987_654
+"""Has no history, whose age would change the scores between two looks."""
+
+
 def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_it_is_repaired(
     toy_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +126,7 @@ def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_i
     with Live(toy_root, sync_interval_s=0.05) as live:
         train_delta(live.storage, "ranker")
         live.wait_for_delta(1)
-        scores = live.rank(1, ITEM_IDS)["items"]
+        scores = live.rank(NEWCOMER, ITEM_IDS)["items"]
         live.server.engine._lock.acquire()  # no sync until the damage is done
         train_delta(live.storage, "ranker")
         trained = train_delta(live.storage, "ranker")
@@ -134,7 +138,7 @@ def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_i
         assert path in status["tracks"]["champion"]["ranker"]["error"]
         assert live.metric('freshet_parameter_log_corrupt{model="ranker",version="1"}') == 1
         assert live.metric("freshet_sync_errors_total") >= 1
-        answer = live.rank(1, ITEM_IDS)
+        answer = live.rank(NEWCOMER, ITEM_IDS)
         assert answer["delta"] == 1 and answer["items"] == scores
         live.storage.write_bytes(path, sound)
         live.wait_for_delta(3)
