@@ -97,10 +97,11 @@ class Supervisor:
         return names
 
     def kill(self, name: str) -> None:
-        """End `name` without warning, as a crash would."""
+        """End `name` without warning, as a crash would; it is gone, and its port free, when this returns."""
         if (pid := self._pid(name)) is not None:
             _signal_group(pid, signal.SIGKILL)
-            _reap(pid)
+            while self._pid(name) is not None:
+                time.sleep(0.05)
         self._pid_file(name).unlink(missing_ok=True)
 
     def log(self, name: str) -> Path:

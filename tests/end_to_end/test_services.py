@@ -51,3 +51,12 @@ def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
     assert not supervisor.running("old")
     supervisor.stop("old")
     assert supervisor.names() == []
+
+
+def test_a_killed_service_can_be_started_again_at_once(tmp_path: Path) -> None:
+    supervisor, service = Supervisor(tmp_path), web_server(free_port())
+    for _ in range(3):
+        supervisor.start(service)
+        supervisor.wait_ready(service, timeout=30)
+        supervisor.kill("web")
+    assert not supervisor.running("web")
