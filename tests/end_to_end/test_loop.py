@@ -87,7 +87,10 @@ def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(story
     supervisor.start(service)
     supervisor.wait_ready(service, timeout=60)
     story.wait_until_ready()
-    assert served(story) == before
+    after = served(story)
+    assert after["ranker"] == before["ranker"]
+    # not to the bit: an hour may have begun or a gap in time become longer between the two requests
+    assert after["scores"] == pytest.approx(before["scores"], abs=0.1)
 
 
 def test_the_log_of_the_champion_can_be_restored_at_every_sync_point(story: SyntheticStory) -> None:
@@ -105,5 +108,5 @@ def served(story: SyntheticStory) -> dict[str, Any]:
     champion = story.server_status()["tracks"]["champion"]
     return {
         "ranker": {name: champion["ranker"][name] for name in ("version", "delta", "rows")},
-        "items": [item["item_id"] for item in answer["items"]],
+        "scores": {item["item_id"]: item["score"] for item in answer["items"]},
     }
