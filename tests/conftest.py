@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from components.storage import Storage
+
+logging.getLogger("py4j").setLevel(logging.WARNING)  # it logs from finalisers, when pytest has closed the stream
 
 SHARED = Path(os.environ.get("FRESHET_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
