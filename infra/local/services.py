@@ -145,12 +145,16 @@ def _answers(service: Service) -> bool:
 
 
 def _started(pid: int) -> str:
-    """The kernel's start time of `pid`, or '' when there is no such (or only a dead) process."""
+    """The kernel's start time of `pid`, or '' when there is no such process, or only one that ended altogether.
+
+    A killed process is a zombie as soon as its first thread has ended; while others end, its port is still taken.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ended = fields[0] == "Z" and len(os.listdir(f"/proc/{pid}/task")) <= 1
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    return "" if fields[0] == "Z" else fields[19]
+    return "" if ended else fields[19]
 
 
 def _reap(pid: int) -> None:

@@ -11,6 +11,19 @@ import pytest
 from components.errors import BadInput, FreshetError
 from infra.local.services import Service, Supervisor, free_port
 
+LISTENER = """
+import socket, sys, threading, time
+sockets = [socket.create_server(("127.0.0.1", int(sys.argv[1])))]
+threads = [threading.Thread(target=time.sleep, args=(600,)) for _ in range(16)]
+memory = bytearray(256 << 20)  # a process with memory and threads does not end in one moment
+for thread in threads:
+    thread.start()
+"""
+
+
+def listener(port: int) -> Service:
+    return Service("listener", [sys.executable, "-c", LISTENER, str(port)], {}, port=port)
+
 
 def web_server(port: int) -> Service:
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
@@ -53,10 +66,19 @@ def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
     assert supervisor.names() == []
 
 
-def test_a_killed_service_can_be_started_again_at_once(tmp_path: Path) -> None:
-    supervisor, service = Supervisor(tmp_path), web_server(free_port())
-    for _ in range(3):
+def test_the_port_of_a_killed_service_is_free_when_kill_returns(tmp_path: Path) -> None:
+    supervisor, service = Supervisor(tmp_path), listener(free_port())
+    for _ in range(5):
+        supervisor.start(service)  # BadInput if the one before still held the port
+        supervisor.wait_ready(service, timeout=30)
+        supervisor.kill("listener")
+        assert not supervisor.running("listener")
+
+
+def test_a_stopped_service_is_gone_and_can_start_again(tmp_path: Path) -> None:
+    supervisor, service = Supervisor(tmp_path), listener(free_port())
+    for _ in range(2):
         supervisor.start(service)
         supervisor.wait_ready(service, timeout=30)
-        supervisor.kill("web")
-    assert not supervisor.running("web")
+        supervisor.stop("listener", grace=1.0)
+        assert supervisor.names() == []
