@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from components.errors import BadInput
-from model.inputs import EVENT_DTYPES, UserEvents
+from model.events import EVENT_DTYPES, UserEvents
+
+if TYPE_CHECKING:
+    from model.stochastic_length import StochasticLength
 
 POOL = 16
 """Batches drawn together: lengths are sorted within such a pool, so that a batch holds users of similar length."""
@@ -69,8 +73,19 @@ class SequenceDataset:
 
     def targets(self) -> int:
         """Number of interactions that are trained on or evaluated."""
-        counts = np.diff(self._offsets["item_id"])
-        return int(np.maximum(counts - self.new_from, 0).sum())
+        return int(np.maximum(self.counts() - self.new_from, 0).sum())
+
+    def counts(self) -> NDArray[np.int64]:
+        """(users,) number of interactions."""
+        return np.diff(self._offsets["item_id"])
+
+    def column(self, name: str) -> NDArray:
+        """An array field of all users, joined; `bounds` says where each user's part begins."""
+        return self._values[name]
+
+    def bounds(self, name: str) -> NDArray[np.int64]:
+        """(users + 1,) where each user's part of a column begins."""
+        return self._offsets[name]
 
     def tokens(self) -> NDArray[np.int64]:
         """(users,) an upper bound of each user's tokens."""
@@ -85,23 +100,44 @@ class SequenceDataset:
         times[some] = self._values["timestamp"][place[some]]
         return times
 
-    def shuffled(self, budget: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-        """Batches of user indices for one epoch: a function of (dataset, budget, seed, epoch) alone."""
+    def shuffled(
+        self, budget: int, seed: int, epoch: int, lengths: StochasticLength | None = None, sampled: bool = False
+    ) -> list[NDArray[np.int64]]:
+        """Batches of row indices for one epoch: a function of the dataset and these arguments alone.
+
+        lengths: count only the tokens that this rule leaves. sampled: only the rows that are `emitted`.
+        """
         random = np.random.default_rng([seed, epoch])
-        tokens = self.tokens()
-        order = random.permutation(self._with_targets())
+        tokens = self._left(lengths, epoch)
+        rows = self._with_targets()
+        order = random.permutation(rows[self.emitted(seed, epoch)[rows]] if sampled else rows)
         batches: list[NDArray[np.int64]] = []
         for pool in _cut(order, tokens, budget * POOL):
             batches.extend(_cut(pool[np.argsort(tokens[pool], kind="stable")], tokens, budget))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def in_event_order(self, budget: int) -> list[NDArray[np.int64]]:
-        """Batches for one pass, users ordered by their first new interaction."""
-        users = self._with_targets()
-        return list(_cut(users[np.argsort(self.first_new()[users], kind="stable")], self.tokens(), budget))
+    def in_event_order(
+        self, budget: int, lengths: StochasticLength | None = None, epoch: int = 0
+    ) -> list[NDArray[np.int64]]:
+        """Batches for one pass, rows ordered by their first new interaction."""
+        rows = self._with_targets()
+        order = rows[np.argsort(self.first_new()[rows], kind="stable")]
+        return list(_cut(order, self._left(lengths, epoch), budget))
+
+    def emitted(self, seed: int, epoch: int) -> NDArray[np.bool_]:
+        """Generative sampling at rate 1/n per event: a row is a user's whole sequence already, so all are emitted."""
+        return np.ones(len(self), dtype=bool)
+
+    def _left(self, lengths: StochasticLength | None, epoch: int) -> NDArray[np.int64]:
+        """(rows,) tokens that a rule leaves in this epoch, about."""
+        tokens, counts = self.tokens(), self.counts()
+        if lengths is None:
+            return tokens
+        kept = lengths.lengths(counts, self.user_id, epoch)
+        return np.ceil(tokens * (kept / np.maximum(counts, 1))).astype(np.int64)
 
     def _with_targets(self) -> NDArray[np.int64]:
-        return np.flatnonzero(np.diff(self._offsets["item_id"]) > self.new_from)
+        return np.flatnonzero(self.counts() > self.new_from)
 
 
 def _lists(column: pa.ChunkedArray, name: str, dtype: np.dtype) -> tuple[NDArray, NDArray[np.int64]]:

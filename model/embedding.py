@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from components.errors import BadInput
 from components.schemas import ACTIONS
-from model.inputs import ACTION, IMPRESSION, KINDS, REQUEST, VALUE_BUCKETS, Tokens
+from model.inputs import ACTION, CONTEXT, IMPRESSION, KINDS, REQUEST, VALUE_BUCKETS, Tokens
 from model.settings import ModelConfig
 from model.table import EmbeddingTable
 
 SLOTS = ("item", "author", "category", "page", "duration", "user")
-_ITEM_KINDS = (IMPRESSION, ACTION)
 
 
 def make_table(config: ModelConfig, slot: str, dim: int, *, init_scale: float | None = None) -> EmbeddingTable:
@@ -38,7 +37,10 @@ class TokenEmbedding(nn.Module):
         if unknown := sorted(set(names) - set(SLOTS)):
             raise BadInput(f"unknown slots {', '.join(unknown)}; known are {', '.join(SLOTS)}")
         self.tables = nn.ModuleDict({name: make_table(config, name, config.dim) for name in names})
-        self.kind = _small(KINDS, config.dim)
+        self.context = nn.ModuleDict(
+            {name: make_table(config, f"context_{name}", config.dim) for name in config.context_slots()}
+        )
+        self.kind = _small(KINDS + bool(self.context), config.dim)
         self.action = _small(len(ACTIONS), config.dim)
         self.value = _small(VALUE_BUCKETS, config.dim)
         self.hour = _small(24, config.dim) if config.hour_of_day else None
@@ -50,7 +52,7 @@ class TokenEmbedding(nn.Module):
         asks = (kind == IMPRESSION) | (kind == REQUEST)
         acted = (kind == ACTION).nonzero().squeeze(1)
         x = self.kind[kind]
-        where = {"page": kind != ACTION, "user": asks}
+        where = {"page": (kind != ACTION) & (kind != CONTEXT), "user": asks}
         for name, table in self.tables.items():
             rows = where.get(name, has_item).nonzero().squeeze(1)
             x = x.index_add(0, rows, table(getattr(tokens, name)[rows]))
@@ -59,6 +61,10 @@ class TokenEmbedding(nn.Module):
         if self.hour is not None:
             rows = asks.nonzero().squeeze(1)
             x = x.index_add(0, rows, self.hour[(tokens.query_time[rows] // 3600) % 24])
+        if self.context:
+            places = (kind == CONTEXT).nonzero().view(-1, len(self.context))  # (B, slots): the first rows of each user
+            for rows, (name, table) in zip(places.T, self.context.items(), strict=True):
+                x = x.index_add(0, rows, table(getattr(tokens, name)[rows]))
         return x
 
 

@@ -3,13 +3,15 @@
 A token is one event. An IMPRESSION asks at its request time and is known from `known_at` on; an ACTION (simultaneous
 actions on one impression are one token) asks and is known when the action is known; an AUX token is one value of a
 slowly changing feature. Token i sees the tokens with key_time < query_time_i (strictly), at most `window` of them,
-and itself: so impressions of one request never see each other, and nothing is seen before it was known.
+and itself: so impressions of one request never see each other, and nothing is seen before it was known. CONTEXT tokens
+stand before the history; all tokens see them. They see each other alone: would they see the history, as in the
+published production network, then a token would see through them what came after it, and no history could be cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -20,83 +22,31 @@ from components.errors import BadInput
 from components.schemas import action_bit
 from model.attention import Visibility
 from model.catalogue import Int64s, ItemCatalogue, log_bucket
+from model.events import (
+    ACTION,
+    AUX,
+    CONTEXT,
+    EVENT_DTYPES,
+    IMPRESSION,
+    REQUEST,
+    Queries,
+    UserEvents,
+    check_events,
+)
 
-IMPRESSION, ACTION, AUX, REQUEST = range(4)
+__all__ = [
+    "ACTION", "AUX", "CONTEXT", "EVENT_DTYPES", "IMPRESSION", "KINDS", "MICROSECONDS", "PAGE_SLOT", "REQUEST",
+    "VALUE_BUCKETS", "Queries", "Tokens", "UserEvents", "build_tokens",
+]  # fmt: skip
+
 KINDS = 4
+"""Kinds of tokens without context."""
 VALUE_BUCKETS = 64
 """0 = none, 1..31 = watch seconds (1 + floor(2 log2(1 + s))), 32..63 = rating (32 + round(2 * stars))."""
 PAGE_SLOT = 0
 MICROSECONDS = 1_000_000
-
-
-@dataclass
-class UserEvents:
-    """One user's interactions, action events and auxiliary series: the fields of a sequence row, as numpy arrays."""
-
-    user_id: int
-    new_from: int
-    request_id: Int64s
-    item_id: Int64s
-    timestamp: Int64s
-    known_at: Int64s
-    position: NDArray[np.int32]
-    page: Int64s
-    actions: NDArray[np.int32]
-    watch_s: NDArray[np.float32]
-    score: NDArray[np.float32]
-    version: NDArray[np.int32]
-    delta: Int64s
-    action_of: NDArray[np.int32]
-    action_known_at: Int64s
-    action_mask: NDArray[np.int32]
-    action_value: NDArray[np.float32]
-    aux_slot: NDArray[np.int32]
-    aux_value: Int64s
-    aux_known_at: Int64s
-
-    @classmethod
-    def empty(cls, user_id: int) -> UserEvents:
-        """A user without any event."""
-        arrays = {name: np.zeros(0, dtype=dtype) for name, dtype in EVENT_DTYPES.items()}
-        return cls(user_id=user_id, new_from=0, **arrays)
-
-    def __len__(self) -> int:
-        """Number of interactions."""
-        return len(self.item_id)
-
-
-_DTYPES = {
-    "int32": ("position", "actions", "version", "action_of", "action_mask", "aux_slot"),
-    "float32": ("watch_s", "score", "action_value"),
-}
-EVENT_DTYPES: dict[str, np.dtype] = {
-    f.name: np.dtype(next((kind for kind, names in _DTYPES.items() if f.name in names), "int64"))
-    for f in fields(UserEvents)
-    if f.name not in ("user_id", "new_from")
-}
-"""Array fields of UserEvents and their dtypes."""
-
-
-@dataclass
-class Queries:
-    """Rows put at the end of a user's sequence, seen by nobody: candidates (kind IMPRESSION) or REQUEST rows."""
-
-    kind: int
-    item_id: Int64s
-    time_us: Int64s
-    page: Int64s
-
-    @classmethod
-    def candidates(cls, item_id: Int64s, request_time_us: int, page: int) -> Queries:
-        """The candidates of one request: each sees the history known at request time, none sees another."""
-        ids = np.asarray(item_id, dtype=np.int64)
-        return cls(IMPRESSION, ids, np.full(len(ids), request_time_us), np.full(len(ids), page))
-
-    @classmethod
-    def requests(cls, time_us: Int64s, page: Int64s) -> Queries:
-        """REQUEST rows: a moment and a page without an item."""
-        times = np.asarray(time_us, dtype=np.int64)
-        return cls(REQUEST, np.zeros(len(times), dtype=np.int64), times, np.asarray(page, dtype=np.int64))
+BEFORE_ALL_US = -(2**62)
+"""The time of context tokens: their gap to any event falls into one and the same time bucket."""
 
 
 @dataclass
@@ -117,10 +67,24 @@ class Tokens:
     key_time: Tensor  # (T,)
     targets: Tensor  # (N,) rows with a prediction: impressions from new_from on or, if given, the queries
     labels: Tensor  # (N,) action bitmask of these rows (0 for queries)
+    watch: Tensor  # (N,) float32 seconds watched of these rows (0 for queries)
     source: Tensor  # (N,) index of the interaction in its user, or of the query in its Queries
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    def targets_at_end(self) -> Tensor | None:
+        """(B,) how many targets each user has, if they are all at the end of their users' tokens; else None."""
+        offsets = self.seen.offsets
+        owner = torch.searchsorted(offsets, self.targets, right=True) - 1
+        counts = torch.bincount(owner, minlength=len(offsets) - 1)
+        place = torch.arange(len(self.targets)) - (counts.cumsum(0) - counts)[owner]
+        return counts if torch.equal(self.targets, (offsets[1:] - counts)[owner] + place) else None
+
+    def rows(self, start: int, stop: int) -> Tokens:
+        """The features of some consecutive tokens; visibility and targets stay those of the whole batch."""
+        per_token = [f.name for f in fields(self) if f.name not in ("seen", "targets", "labels", "watch", "source")]
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in per_token})
 
 
 def build_tokens(
@@ -131,11 +95,13 @@ def build_tokens(
     catalogue: ItemCatalogue,
     use_aux: bool = False,
     layers: int | None = None,
+    context: int = 0,
 ) -> Tokens:
     """Tokens of a batch of users; with `queries` (one per user) these rows, instead of impressions, are predicted.
 
     window: how many tokens a row sees at most. layers: with queries, leave out the history that this many layers of
-    attention cannot reach from them; their results stay the same. Raises BadInput when queries do not match users.
+    attention cannot reach from them; their results stay the same. context: number of CONTEXT tokens before each
+    history. Raises BadInput when queries do not match users, and for events that cannot be (see check_events).
     """
     if queries is not None and len(queries) != len(users):
         raise BadInput(f"{len(users)} users but {len(queries)} queries; give one Queries per user")
@@ -154,8 +120,13 @@ def build_tokens(
     end = end[regroup]
     if queries is not None and layers is not None:
         columns, end = _reachable(columns, end, window, layers)
+    begin, prefix = np.maximum(end - window, 0), None
+    if context:
+        columns, begin, end, prefix = _put_context(columns, begin, end, context, users, queries)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(columns["owner"], minlength=len(users)))])
-    seen = Visibility(_tensor(offsets), _tensor(np.maximum(end - window, 0)), _tensor(end))
+    seen = Visibility(
+        _tensor(offsets), _tensor(begin), _tensor(end), prefix=None if prefix is None else _tensor(prefix)
+    )
     return _tokens(columns, users, seen, catalogue, queries is not None)
 
 
@@ -166,6 +137,7 @@ def _concatenate(users: Sequence[UserEvents], name: str) -> NDArray:
 def _history(users: Sequence[UserEvents], use_aux: bool) -> dict[str, NDArray]:
     """Unordered history tokens of all users as columns; `source` is the interaction's index in its user."""
     get = {name: _concatenate(users, name) for name in EVENT_DTYPES}
+    check_events(users, get)
     counts = np.array([len(u) for u in users], dtype=np.int64)
     owner = np.repeat(np.arange(len(users)), counts)
     start = np.concatenate([[0], np.cumsum(counts)])
@@ -218,6 +190,8 @@ def _aux(users: Sequence[UserEvents], get: dict[str, NDArray]) -> dict[str, NDAr
 
 
 def _append(columns: dict[str, NDArray], queries: Sequence[Queries]) -> dict[str, NDArray]:
+    if not queries:
+        return columns | {"query": np.zeros(len(columns["owner"]), np.int64)}
     owner = np.repeat(np.arange(len(queries)), [len(q.item_id) for q in queries])
     time = np.concatenate([q.time_us for q in queries]).astype(np.int64)
     zeros = np.zeros(len(owner), np.int64)
@@ -259,6 +233,28 @@ def _reachable(columns: dict[str, NDArray], end: Int64s, window: int, layers: in
     return {name: column[keep] for name, column in columns.items()}, np.maximum(end - shift[owner], 0)[keep]
 
 
+def _put_context(
+    columns: dict[str, NDArray],
+    begin: Int64s,
+    end: Int64s,
+    count: int,
+    users: Sequence[UserEvents],
+    queries: Sequence[Queries] | None,
+) -> tuple[dict[str, NDArray], Int64s, Int64s, Int64s]:
+    """Columns with `count` tokens before each user's, and begin, end and prefix of all rows."""
+    owner = np.repeat(np.arange(len(users)), count)
+    pages = [int(q.page[0]) if len(q.page) else 0 for q in queries] if queries is not None else [0] * len(users)
+    rows = {name: np.zeros(len(owner), np.int64) for name in columns}
+    rows |= {"owner": owner, "kind": rows["kind"] + CONTEXT, "page": np.repeat(np.array(pages, np.int64), count)}
+    rows |= {name: np.full(len(owner), BEFORE_ALL_US) for name in ("query_time", "key_time")}
+    order = np.argsort(np.concatenate([owner, columns["owner"]]), kind="stable")
+    joined = {name: np.concatenate([rows[name], columns[name]])[order] for name in columns}
+    zeros, ones = np.zeros(len(owner), np.int64), np.ones(len(end), np.int64)
+    begin = np.concatenate([zeros, begin + count])[order]
+    end = np.concatenate([zeros + count, end + count])[order]
+    return joined, begin, end, np.concatenate([zeros, ones * count])[order]
+
+
 def _tensor(column: NDArray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(column, dtype=np.int64))
 
@@ -270,8 +266,11 @@ def _tokens(
     new_from = np.array([u.new_from for u in users], dtype=np.int64)
     if asked:
         targets = np.flatnonzero(columns["query"])
+        watch = np.zeros(len(targets), dtype=np.float32)
     else:
         targets = np.flatnonzero((kind == IMPRESSION) & (source >= new_from[owner]))
+        start = np.cumsum([0, *(len(u) for u in users)])
+        watch = _concatenate(users, "watch_s")[start[owner[targets]] + source[targets]]
     side = catalogue.features(columns["item"])
     has_item = (kind == IMPRESSION) | (kind == ACTION)
     side[~has_item] = 0
@@ -282,5 +281,5 @@ def _tokens(
         page=_tensor(columns["page"]), action=_tensor(np.where(kind == ACTION, columns["action"], 0)),
         value=_tensor(columns["value"]), query_time=_tensor(columns["query_time"] // MICROSECONDS),
         key_time=_tensor(columns["key_time"] // MICROSECONDS), targets=_tensor(targets),
-        labels=_tensor(columns["action"][targets]), source=_tensor(source[targets]),
+        labels=_tensor(columns["action"][targets]), watch=torch.from_numpy(watch), source=_tensor(source[targets]),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ranker: how likely is each action on each candidate."""
+"""The ranker: how likely is each action on each candidate, and how long will it be watched."""
 
 from __future__ import annotations
 
@@ -6,46 +6,31 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
 from components.errors import BadInput
 from components.schemas import action_bit
 from model.catalogue import Int64s, ItemCatalogue
 from model.embedding import SLOTS
-from model.inputs import Queries, Tokens, UserEvents, build_tokens
+from model.hashing import uniform
+from model.heads import make_head
+from model.inputs import Queries, Tokens, UserEvents
+from model.losses import log_seconds_error, sampled_binary_cross_entropy
 from model.metrics import auc, calibration, normalised_entropy
+from model.scoring import ScoreCache, score_tokens
 from model.sequence_model import SequenceModel
-from model.settings import ModelConfig
+from model.settings import ModelConfig, RankerConfig
 from model.table import EmbeddingTable
 
+__all__ = ["Ranker", "RankerConfig", "ScoreCache"]
+
 CANDIDATE_BLOCK = 4096
-
-
-class RankerConfig(ModelConfig):
-    """Settings of the ranker; the defaults are measured (docs/experiments.md)."""
-
-    heads: str = Field(default="click,long_view,like", description="Actions predicted, one output each")
-    bias_slots: str = Field(
-        default="item,user,page", description="Features with an additive logit per action of their own"
-    )
-    bias_lr: float = Field(default=0.2, gt=0, description="Learning rate of the additive logits, pretraining")
-    continual_bias_lr: float = Field(default=0.1, gt=0, description="Learning rate of the additive logits, continual")
-    bias_accumulator: float = Field(default=0.1, ge=0, description="Start of the Adagrad sums of the additive logits")
-
-    def head_names(self) -> list[str]:
-        """Names of the predicted actions."""
-        return [name.strip() for name in self.heads.split(",") if name.strip()]
-
-    def bias_names(self) -> list[str]:
-        """Slots with additive logits."""
-        return [name.strip() for name in self.bias_slots.split(",") if name.strip()]
+REGRESSIONS = ("watch",)
 
 
 class Ranker(SequenceModel):
-    """HSTU over impressions and actions; at impressions one logit per action."""
+    """HSTU over impressions and actions; at impressions one logit per action, then one output per regression."""
 
     config: RankerConfig
 
@@ -55,10 +40,18 @@ class Ranker(SequenceModel):
             raise BadInput("a ranker needs at least one head; set heads, e.g. click,long_view")
         if unknown := sorted(set(config.bias_names()) - set(SLOTS)):
             raise BadInput(f"unknown bias slots {', '.join(unknown)}; known are {', '.join(SLOTS)}")
-        super().__init__(config, catalogue, len(self.head_names))
+        self.regression_names = config.regression_names()
+        if unknown := sorted(set(self.regression_names) - set(REGRESSIONS)):
+            raise BadInput(f"unknown regression {', '.join(unknown)}; known is {', '.join(REGRESSIONS)}")
+        super().__init__(config, catalogue, len(self.head_names) + len(self.regression_names))
         self.config = config
         self.bits = torch.tensor([action_bit(name) for name in self.head_names])
         self.biases = nn.ModuleDict({name: self._bias_table(name) for name in config.bias_names()})
+
+    def make_head(self, config: ModelConfig, outputs: int) -> nn.Module:
+        """Shared bottom or MMoE."""
+        assert isinstance(config, RankerConfig)
+        return make_head(config, outputs)
 
     def _bias_table(self, slot: str) -> EmbeddingTable:
         return EmbeddingTable(
@@ -78,62 +71,141 @@ class Ranker(SequenceModel):
         return self.config.continual_bias_lr if continual else self.config.bias_lr
 
     def tokens(self, users: list[UserEvents]) -> Tokens:
-        """Training and evaluation input: every impression from new_from on is a target."""
-        return build_tokens(users, window=self.config.window, catalogue=self.catalogue, use_aux=self.config.use_aux)
+        """Training and evaluation input: every impression from new_from on is a target.
+
+        With request examples they are put as candidates at the end of what came before, as in serving.
+        """
+        if not self.config.per_request():
+            return self.build(users, None)
+        new = [slice(user.new_from, len(user)) for user in users]
+        queries = [
+            Queries.impressions(user.item_id[of], user.timestamp[of], user.page[of])
+            for user, of in zip(users, new, strict=True)
+        ]
+        tokens = self.build(users, queries, cut=True)
+        if users:
+            tokens.labels = torch.from_numpy(
+                np.concatenate([user.actions[of] for user, of in zip(users, new, strict=True)]).astype(np.int64)
+            )
+            tokens.watch = torch.from_numpy(
+                np.concatenate([user.watch_s[of] for user, of in zip(users, new, strict=True)])
+            )
+            tokens.source += torch.tensor([user.new_from for user in users]).repeat_interleave(
+                torch.tensor([of.stop - of.start for of in new])
+            )
+        return tokens
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """(T,) tokens -> (N, heads) logits at the targets."""
-        logits = self.encode(tokens)
+        """(T,) tokens -> (N, heads + regressions) at the targets: logits, then log(1 + seconds)."""
+        return self._with_biases(self.encode(tokens), tokens)
+
+    def _with_biases(self, outputs: Tensor, tokens: Tokens) -> Tensor:
+        logits, values = outputs.split([len(self.head_names), len(self.regression_names)], dim=1)
         for name, table in self.biases.items():
             logits = logits + table(getattr(tokens, name)[tokens.targets])
-        return logits
+        return torch.cat([logits, values], dim=1) if self.regression_names else logits
 
     def labels(self, tokens: Tokens) -> Tensor:
         """(N, heads) float32 in {0, 1}."""
         return ((tokens.labels[:, None] & self.bits) > 0).float()
 
     def loss(self, tokens: Tokens) -> tuple[Tensor, int]:
-        """Mean over the targets of the summed binary cross-entropies, and the number of targets."""
-        logits = self(tokens)
-        loss = F.binary_cross_entropy_with_logits(logits, self.labels(tokens), reduction="sum")
-        return loss / max(len(logits), 1), len(logits)
+        """Mean over the targets of the summed losses of all outputs, and the number of targets.
 
-    @torch.no_grad()
+        With negative_rate below 1 an action's negatives are a sample, the same in every pass and batch, and targets
+        that no output learns from do not count.
+        """
+        outputs, labels, rate = self(tokens), self.labels(tokens), self.config.negative_rate
+        kept = (labels > 0) | self._drawn(tokens)[:, None]
+        used = kept.any(1)
+        heads = len(self.head_names)
+        loss = sampled_binary_cross_entropy(outputs[:, :heads], labels, kept, rate)
+        if self.regression_names:
+            seconds = tokens.watch.masked_fill(~used, float("nan"))
+            loss = loss + self.config.regression_weight * log_seconds_error(outputs[:, heads], seconds)
+        count = int(used.sum())
+        return loss / max(count, 1), count
+
+    def _drawn(self, tokens: Tokens) -> Tensor:
+        """(N,) bool: impressions whose negatives are trained on."""
+        if self.config.negative_rate >= 1:
+            return torch.ones(len(tokens.targets), dtype=torch.bool)
+        key = (column[tokens.targets].numpy() for column in (tokens.user, tokens.item, tokens.query_time))
+        return torch.from_numpy(uniform(self.config.seed, *key) < self.config.negative_rate)
+
     def score(
-        self, history: UserEvents, candidates: Int64s, request_time_us: int, page: int = 0
+        self,
+        history: UserEvents,
+        candidates: Int64s,
+        request_time_us: int,
+        page: int = 0,
+        cache: ScoreCache | None = None,
     ) -> NDArray[np.float32]:
         """Probability of each action: int64 item ids [C] -> float32 [C, heads].
 
         Depends on the history known before request_time_us and on the candidate itself, not on the other candidates.
+        The history is encoded once (M-FALCON); with a cache kept from an earlier request, only what is new of it.
         """
-        ids = np.asarray(candidates, dtype=np.int64)
-        if ids.ndim != 1 or not len(ids):
-            raise BadInput("no candidates to score; give a one-dimensional list of item ids")
-        self.eval()
-        return np.concatenate(list(self._score_blocks(history, ids, request_time_us, page)))
+        outputs = self.outputs(history, candidates, request_time_us, page, cache)
+        return torch.sigmoid(outputs[:, : len(self.head_names)]).numpy()
 
-    def _score_blocks(
+    def watch_seconds(
+        self, history: UserEvents, candidates: Int64s, request_time_us: int, page: int = 0
+    ) -> NDArray[np.float32]:
+        """Predicted seconds watched: int64 item ids [C] -> float32 [C]. BadInput without the regression `watch`."""
+        if "watch" not in self.regression_names:
+            raise BadInput("this ranker predicts no watch time; train one with regression=watch")
+        outputs = self.outputs(history, candidates, request_time_us, page)
+        return torch.expm1(outputs[:, len(self.head_names)]).clamp(min=0).numpy()
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        history: UserEvents,
+        candidates: Int64s,
+        request_time_us: int,
+        page: int = 0,
+        cache: ScoreCache | None = None,
+    ) -> Tensor:
+        """(C, heads + regressions): `forward` at candidates of one request."""
+        self.eval()
+        query = Queries.candidates(_candidate_ids(candidates), request_time_us, page)
+        tokens = self.build([history], [query], cut=True)
+        return self._with_biases(score_tokens(self, tokens, cache), tokens)
+
+    @torch.no_grad()
+    def score_plain(
+        self, history: UserEvents, candidates: Int64s, request_time_us: int, page: int = 0
+    ) -> NDArray[np.float32]:
+        """What `score` must give, by forwards over history and candidates together: the reference, slow."""
+        ids = _candidate_ids(candidates)
+        self.eval()
+        parts = self._plain_blocks(history, ids, request_time_us, page)
+        return np.concatenate(list(parts))[:, : len(self.head_names)]
+
+    def _plain_blocks(
         self, history: UserEvents, ids: Int64s, request_time_us: int, page: int
     ) -> Iterator[NDArray[np.float32]]:
-        c = self.config
         for first in range(0, len(ids), CANDIDATE_BLOCK):
-            queries = Queries.candidates(ids[first : first + CANDIDATE_BLOCK], request_time_us, page)
-            tokens = build_tokens(
-                [history], [queries], window=c.window, catalogue=self.catalogue, use_aux=c.use_aux, layers=c.layers
-            )
-            yield torch.sigmoid(self(tokens)).numpy()
+            query = Queries.candidates(ids[first : first + CANDIDATE_BLOCK], request_time_us, page)
+            yield torch.sigmoid(self(self.build([history], [query], cut=True))).numpy()
 
     def evaluate_batch(self, tokens: Tokens) -> dict[str, NDArray]:
-        """Per target: probability [N, heads], label [N, heads], user id and index of the interaction."""
+        """Per target: probability and label [N, heads], log(1 + seconds) predicted [N, regressions], seconds watched,
+        user id and index of the interaction."""
+        outputs, heads = self(tokens), len(self.head_names)
         return {
-            "probability": torch.sigmoid(self(tokens)).numpy(),
+            "probability": torch.sigmoid(outputs[:, :heads]).numpy(),
             "label": self.labels(tokens).numpy(),
+            "value": outputs[:, heads:].numpy(),
+            "seconds": tokens.watch.numpy(),
             "user_id": tokens.user[tokens.targets].numpy(),
             "interaction": tokens.source.numpy(),
         }
 
     def summarise(self, outputs: dict[str, NDArray]) -> dict[str, float]:
-        """auc, ne, calibration and rate of every head ('<head>/auc', ...), and the number of impressions."""
+        """auc, ne, calibration and rate of every head ('<head>/auc', ...), rmse_log of watch time, and
+        the number of impressions."""
         result = {"impressions": float(len(outputs["label"]))}
         for column, name in enumerate(self.head_names):
             label, probability = outputs["label"][:, column], outputs["probability"][:, column]
@@ -141,4 +213,20 @@ class Ranker(SequenceModel):
             result[f"{name}/ne"] = normalised_entropy(label, probability)
             result[f"{name}/calibration"] = calibration(label, probability)
             result[f"{name}/rate"] = float(label.mean())
+        for column, name in enumerate(self.regression_names):
+            result |= _fit_of(name, outputs["value"][:, column], outputs["seconds"])
         return result
+
+
+def _fit_of(name: str, predicted: NDArray[np.float32], seconds: NDArray[np.float32]) -> dict[str, float]:
+    known = np.isfinite(seconds) & (seconds >= 0)
+    difference = predicted[known] - np.log1p(seconds[known])
+    error = float(np.sqrt(np.mean(difference**2))) if known.any() else float("nan")
+    return {f"{name}/rmse_log": error}
+
+
+def _candidate_ids(candidates: Int64s) -> Int64s:
+    ids = np.asarray(candidates, dtype=np.int64)
+    if ids.ndim != 1 or not len(ids):
+        raise BadInput("no candidates to score; give a one-dimensional list of item ids")
+    return ids

@@ -6,32 +6,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
 from components.errors import BadInput
 from components.schemas import action_mask
 from model.catalogue import Int64s, ItemCatalogue
+from model.dataset import SequenceDataset
 from model.embedding import make_table
-from model.inputs import Queries, Tokens, UserEvents, build_tokens
+from model.heads import linear
+from model.inputs import Queries, Tokens, UserEvents
+from model.losses import catalogue_cross_entropy, sampled_cross_entropy
 from model.metrics import hit_rate, ndcg
+from model.requests import RequestDataset
 from model.sequence_model import SequenceModel
-from model.settings import ModelConfig
+from model.settings import ModelConfig, RetrieverConfig
 
 EPSILON = 1e-6
 CUTS = (10, 50, 200)
-
-
-class RetrieverConfig(ModelConfig):
-    """Settings of the retriever."""
-
-    positive_actions: str = Field(
-        default="click,long_view,like,rating", description="An item with any of these is a positive"
-    )
-    temperature: float = Field(default=0.07, gt=0, le=10, description="Divides the cosine in the softmax")
-    item_side: bool = Field(default=True, description="Add author and category to the item's output embedding")
-    full_softmax_limit: int = Field(default=20_000, ge=1, description="Largest catalogue with an exact softmax")
-    negatives: int = Field(default=2_048, ge=1, description="Sampled items per batch beyond that, corrected by log q")
 
 
 class Retriever(SequenceModel):
@@ -54,9 +45,18 @@ class Retriever(SequenceModel):
         )
         self.set_items(catalogue.item_id)
 
+    def make_head(self, config: ModelConfig, outputs: int) -> nn.Module:
+        """A linear map to the space of the items."""
+        return linear(config.dim, outputs)
+
     def set_items(self, item_ids: Int64s) -> None:
         """Set the catalogue of the softmax and of retrieval, when no `allowed` is given: distinct int64 ids."""
         self.items = np.unique(np.asarray(item_ids, dtype=np.int64))
+
+    def examples(self, dataset: SequenceDataset) -> SequenceDataset:
+        """Users, or (setting examples) the requests with a positive."""
+        reach = self.config.reach()
+        return RequestDataset(dataset, reach, self.positive) if self.config.per_request() else dataset
 
     def item_vectors(self, item_ids: Int64s) -> Tensor:
         """int64 [n] -> float32 [n, dim], of length one."""
@@ -68,16 +68,19 @@ class Retriever(SequenceModel):
     def tokens(self, users: list[UserEvents]) -> Tokens:
         """One REQUEST row per request with a positive from new_from on; `labels` holds the row's first positive.
 
-        A request with several positives gets one row for each: rows see nothing of each other.
+        A request with several positives gets one row for each: rows see nothing of each other. Nothing else is a
+        target: no impression without a positive action, no action and no auxiliary value.
         """
-        queries, positives = [], []
+        queries, positives, asked = [], [], []
         for user in users:
             wanted = np.flatnonzero((user.actions & self.positive) > 0)
             wanted = wanted[wanted >= user.new_from]
+            if self.config.per_request() and not len(wanted):
+                continue  # a request without a positive has no row, and so no moment to be relative to
             queries.append(Queries.requests(user.timestamp[wanted], user.page[wanted]))
             positives.append(user.item_id[wanted])
-        c = self.config
-        tokens = build_tokens(users, queries, window=c.window, catalogue=self.catalogue, use_aux=c.use_aux)
+            asked.append(user)
+        tokens = self.build(asked, queries, cut=self.config.per_request())
         tokens.labels = torch.from_numpy(np.concatenate(positives) if positives else np.zeros(0, np.int64))
         return tokens
 
@@ -95,31 +98,27 @@ class Retriever(SequenceModel):
         if not len(wanted):
             return vectors.sum() * 0.0, 0
         items = np.union1d(self.items, wanted)
-        if len(items) <= self.config.full_softmax_limit:
-            logits = vectors @ self.item_vectors(items).T / self.config.temperature
-            return F.cross_entropy(logits, torch.from_numpy(np.searchsorted(items, wanted))), len(wanted)
-        return self._sampled_loss(vectors, wanted, items), len(wanted)
+        if len(items) > self.config.full_softmax_limit:
+            return self._sampled_loss(vectors, wanted, items), len(wanted)
+        place = torch.from_numpy(np.searchsorted(items, wanted))
+        return catalogue_cross_entropy(vectors, self.item_vectors(items), place, self.config.temperature), len(wanted)
 
     def _sampled_loss(self, vectors: Tensor, wanted: Int64s, items: Int64s) -> Tensor:
         random = np.random.default_rng([self.config.seed, len(wanted), int(wanted[0] & 0xFFFFFFFF)])
         count = min(self.config.negatives, len(items))
         drawn = random.choice(items, size=count, replace=False)
-        temperature = self.config.temperature
-        positive = (vectors * self.item_vectors(wanted)).sum(1, keepdim=True) / temperature
-        negative = vectors @ self.item_vectors(drawn).T / temperature - float(np.log(count / len(items)))
-        same = torch.from_numpy(drawn[None, :] == wanted[:, None])
-        logits = torch.cat([positive, negative.masked_fill(same, float("-inf"))], dim=1)
-        return F.cross_entropy(logits, torch.zeros(len(wanted), dtype=torch.int64))
+        hits = torch.from_numpy(drawn[None, :] == wanted[:, None])
+        log_q = float(np.log(count / len(items)))
+        return sampled_cross_entropy(
+            vectors, self.item_vectors(wanted), self.item_vectors(drawn), hits, log_q, self.config.temperature
+        )
 
     @torch.no_grad()
     def user_vector(self, history: UserEvents, request_time_us: int, page: int = 0) -> Tensor:
         """float32 [dim] of length one, from what is known before request_time_us."""
         self.eval()
-        c = self.config
         query = Queries.requests(np.array([request_time_us]), np.array([page]))
-        tokens = build_tokens(
-            [history], [query], window=c.window, catalogue=self.catalogue, use_aux=c.use_aux, layers=c.layers
-        )
+        tokens = self.build([history], [query], cut=True)
         return self(tokens)[0]
 
     @torch.no_grad()

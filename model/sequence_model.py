@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.catalogue import ItemCatalogue
+from model.dataset import SequenceDataset
 from model.embedding import TokenEmbedding
+from model.encoding import RequestEncoding
 from model.hstu import Hstu
-from model.inputs import Tokens, UserEvents
+from model.inputs import Queries, Tokens, UserEvents, build_tokens
+from model.requests import RequestDataset
 from model.settings import ModelConfig
 from model.table import EmbeddingTable
 
@@ -28,14 +32,16 @@ class SequenceModel(nn.Module, ABC):
     def __init__(self, config: ModelConfig, catalogue: ItemCatalogue, outputs: int) -> None:
         super().__init__()
         self.catalogue = catalogue
+        self.precision = torch.float32  # of the HSTU stack; the trainer lowers it while it trains
         self.input_dropout = nn.Dropout(config.input_dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.embedding = TokenEmbedding(config)
             self.hstu = Hstu(config.hstu())
             self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-            self.head = nn.Linear(config.dim, outputs)
-        nn.init.zeros_(self.head.bias)
+            self.head = self.make_head(config, outputs)
+            encodes = config.encodes_position() or config.encodes_time()
+            self.encoding = RequestEncoding(config) if encodes else None
 
     def tables(self) -> dict[str, EmbeddingTable]:
         """Slot name -> EmbeddingTable, in a fixed order."""
@@ -50,13 +56,52 @@ class SequenceModel(nn.Module, ABC):
         for part in (self.hstu, self.norm, self.head):
             part.to(device)
 
+    def examples(self, dataset: SequenceDataset) -> SequenceDataset:
+        """The rows that are trained on and measured: users, or (setting examples) requests."""
+        return RequestDataset(dataset, self.config.reach()) if self.config.per_request() else dataset
+
+    def build(self, users: Sequence[UserEvents], queries: Sequence[Queries] | None, *, cut: bool = False) -> Tokens:
+        """Tokens by the model's settings. cut: leave out the history that the layers cannot reach from the queries."""
+        c = self.config
+        return build_tokens(
+            users,
+            queries,
+            window=c.window,
+            catalogue=self.catalogue,
+            use_aux=c.use_aux,
+            layers=c.layers if cut else None,
+            context=len(c.context_slots()),
+        )
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """(T,) tokens -> (T, dim): the input of the HSTU stack, on the host."""
+        x = self.embedding(tokens)
+        if self.encoding is not None:
+            x = self.encoding(x, tokens)
+        dropped: Tensor = self.input_dropout(x)
+        return dropped
+
     def encode(self, tokens: Tokens) -> Tensor:
-        """(T,) tokens -> (N, outputs) at the targets, on the host."""
-        device = self.head.weight.device
-        x = self.input_dropout(self.embedding(tokens)).to(device)
-        h = self.hstu(x, tokens.seen.to(device), tokens.query_time.to(device), tokens.key_time.to(device))
-        y: Tensor = self.head(self.norm(h[tokens.targets.to(device)])).cpu()
+        """(T,) tokens -> (N, outputs) at the targets, on the host, float32."""
+        device = self.norm.weight.device
+        x, last = self.embed(tokens).to(device), tokens.targets_at_end()
+        if last is not None:
+            last = last.to(device)
+        with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+            h = self.hstu(
+                x, tokens.seen.to(device), tokens.query_time.to(device), tokens.key_time.to(device), last=last
+            )
+            y: Tensor = self.output(h if last is not None else h[tokens.targets.to(device)])
+        return y.float().cpu()
+
+    def output(self, h: Tensor) -> Tensor:
+        """Rows of the HSTU stack (N, dim) -> (N, outputs)."""
+        y: Tensor = self.head(self.norm(h))
         return y
+
+    @abstractmethod
+    def make_head(self, config: ModelConfig, outputs: int) -> nn.Module:
+        """(N, dim) -> (N, outputs)."""
 
     @abstractmethod
     def tokens(self, users: list[UserEvents]) -> Tokens:

@@ -1,64 +1,48 @@
 """The embedding table of one slot: full 64-bit ids, no collisions, no fixed vocabulary (csrc/table).
 
 The weights are not torch parameters: the table updates its own rows (`step`), and the parameter log, not
-`state_dict`, carries them (`export_delta`, `apply_delta`).
+`state_dict`, carries them (`export_delta`, `apply_delta`). Snapshots: model/table_snapshot.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass
+import threading
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
+
+from model.table_arrays import Floats, Ids, TableDelta, as_floats, as_ids, slot_hash
+from model.table_gradients import Forward, Gradients
 
 try:
     from model._native import freshet_table
 except ImportError as error:
     raise ImportError(f"the compiled embedding table cannot be loaded ({error}); run `make build`") from error
 
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
-_EPSILON = {"sgd": 1e-10, "adagrad": 1e-10, "rowwise_adagrad": 1e-10, "adam": 1e-8}
+__all__ = ["OPTIMIZERS", "EmbeddingTable", "TableDelta", "slot_hash"]
 
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
-Ids = torch.Tensor | Int64Array
-Floats = torch.Tensor | Float32Array
-
-
-@dataclass(frozen=True, eq=False)
-class TableDelta:
-    """Changed rows in ascending order of key, and erased keys in ascending order; the two are disjoint."""
-
-    keys: Int64Array  # [n]
-    weights: Float32Array  # [n, dim]
-    state: Float32Array  # [n, state_dim]: optimiser state
-    tombstones: Int64Array  # [m]
-    last_update_us: Int64Array  # [n]: event time of each row's newest update, 0 = unknown
-
-
-@dataclass
-class _Forward:
-    """The rows one training forward handed out; autograd leaves the gradients in `rows.grad`."""
-
-    ids: Int64Array  # [n]
-    rows: torch.Tensor  # [n, dim], leaf
-
-
-def slot_hash(slot: str) -> int:
-    """The stable 64-bit hash that, with the seed and the id, decides a new row's weights."""
-    return int.from_bytes(hashlib.blake2b(slot.encode(), digest_size=8).digest(), "little")
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
+POOLINGS = ("sum", "mean")
+_EPSILON = {"adam": 1e-8}
 
 
 class EmbeddingTable(torch.nn.Module):
     """Embeddings of one slot, float32 [dim] per int64 id (any value), with the optimiser inside.
 
-    optimizer: sgd, adagrad, rowwise_adagrad or adam (lazy: a row's steps are its own). With G the sum of the
+    optimizer: sgd, adagrad, rowwise_adagrad, adam (lazy: a row's steps are its own) or ftrl. With G the sum of the
     gradients of an id's occurrences, adagrad does s += G^2; w -= lr * G / (sqrt(s) + epsilon).
-    New rows: uniform in (-init_scale, init_scale), a function of (seed, slot, id, init_scale) alone.
-    initial_accumulator: start of both adagrads' sums. epsilon: None = 1e-10, for adam 1e-8.
+    New rows: uniform in (-init_scale, init_scale), a function of (seed, slot, id, init_scale) alone. A forward reads
+    them so before they exist; the first gradient makes them exist.
+    initial_accumulator: start of both adagrads' and ftrl's sums. epsilon: None = 1e-10, for adam 1e-8.
+
+    Admission: an id gets its row at its admission_threshold-th occurrence in a gradient (counted exactly, 20 bytes per
+    candidate), or at each occurrence with admission_probability; gradients before that are dropped and counted.
+    Expiry: rows not updated (with ttl_on_access: not read by a training forward either) for ttl_us of event time go, a
+    part of the table at each step, never below min_rows. max_rows: then when_full says: "refuse" new ids, or evict
+    neighbours in hash order, "evict_stalest" or "evict_rarest". `stats` counts whatever was refused or has gone.
+
+    shards: how many threads can write; threads: how many do (None: torch.get_num_threads()). Results depend on neither.
     Raises ValueError for a setting out of range.
     """
 
@@ -73,29 +57,66 @@ class EmbeddingTable(torch.nn.Module):
         initial_accumulator: float = 0.0,
         epsilon: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
+        l1: float = 0.0,
+        l2: float = 0.0,
+        ftrl_beta: float = 1.0,
+        admission_threshold: int = 1,
+        admission_probability: float = 1.0,
+        ttl_us: int = 0,
+        ttl_on_access: bool = False,
+        min_rows: int = 0,
+        sweep_steps: int = 1024,
+        max_rows: int = 0,
+        when_full: str = "refuse",
+        shards: int = 16,
+        threads: int | None = None,
     ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.settings = settings  # by argument name, as given
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; use one of {', '.join(OPTIMIZERS)}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
-        self.slot = slot
-        self.dim = dim
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self._pending: list[_Forward] = []
+        if admission_threshold != 1 and admission_probability != 1.0:
+            raise ValueError("give an admission_threshold or an admission_probability, not both")
+        for name, value in (("admission_threshold", admission_threshold), ("ttl_us", ttl_us), ("max_rows", max_rows)):
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
+        self.slot, self.dim, self.optimizer = slot, dim, optimizer
+        self.learning_rate, self.init_scale, self.seed = learning_rate, init_scale, seed
+        self.ttl_on_access = ttl_on_access
+        self.threads = threads
+        self._pending: list[Forward] = []
+        self._consumers: dict[str, int] = {}  # name -> epoch up to which it has everything
+        self._newcomers: set[str] = set()  # consumers that have acknowledged nothing yet
+        self._consumers_lock = threading.Lock()
+        admission = "threshold" if admission_threshold != 1 else "all"
         self._table = freshet_table.Table(
             dim=dim,
             optimizer=optimizer,
+            initial_accumulator=initial_accumulator,
+            epsilon=_EPSILON.get(optimizer, 1e-10) if epsilon is None else epsilon,
+            beta1=betas[0],
+            beta2=betas[1],
+            l1=l1,
+            l2=l2,
+            ftrl_beta=ftrl_beta,
             init_scale=init_scale,
             seed=seed,
             slot_hash=slot_hash(slot),
-            initial_accumulator=initial_accumulator,
-            epsilon=_EPSILON[optimizer] if epsilon is None else epsilon,
-            beta1=betas[0],
-            beta2=betas[1],
+            admission="probability" if admission_probability != 1.0 else admission,
+            threshold=admission_threshold,
+            probability=admission_probability,
+            ttl_us=ttl_us,
+            ttl_on_access=ttl_on_access,
+            min_rows=min_rows,
+            sweep_steps=sweep_steps,
+            max_rows=max_rows,
+            when_full=when_full,
+            shards=shards,
         )
 
     def extra_repr(self) -> str:
@@ -112,43 +133,52 @@ class EmbeddingTable(torch.nn.Module):
     def __bool__(self) -> bool:
         return True  # an empty table is still a table
 
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self.threads is None else self.threads
+
     # Training
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """float32 [..., dim] for int64 ids [...].
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor | None = None, pooling: str = "sum") -> torch.Tensor:
+        """float32 [..., dim] for int64 ids [...]; with offsets [bags + 1], the sum or mean of each bag: [bags, dim].
 
-        In training mode with gradients enabled, absent ids get a row and the gradient waits for `step`.
-        Otherwise nothing is inserted, and an absent id gets the very weights that it would be inserted with.
+        Nothing is inserted: an absent id gets the very weights that its row would start with. In training mode with
+        gradients enabled, the gradient waits for `step`. The result is on the device of `ids`.
         """
         if not isinstance(ids, torch.Tensor):
             raise TypeError(f"ids must be a torch tensor, got {type(ids).__name__}; use torch.as_tensor(ids)")
-        flat = _ids(ids)
-        shape = (*ids.shape, self.dim)
-        if not (self.training and torch.is_grad_enabled()):
-            return torch.from_numpy(self._table.lookup(flat, True)).to(ids.device).view(shape)
-        flat = flat.copy()  # the caller may reuse its buffer before `step`
-        rows = torch.from_numpy(self._table.find_or_insert(flat)).to(ids.device).requires_grad_()
-        self._pending.append(_Forward(flat, rows))
-        return rows.view(shape)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be sum or mean, got {pooling!r}")
+        flat = as_ids(ids)
+        ends = None if offsets is None else as_ids(offsets, "offsets")
+        if ends is None:
+            values = self._table.lookup(flat, True, self._threads())
+        else:
+            values = self._table.lookup_pooled(flat, ends, pooling == "mean", True, self._threads())
+        out = torch.from_numpy(values).to(ids.device)
+        if self.training and torch.is_grad_enabled():
+            out.requires_grad_()
+            bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
+            self._pending.append(Forward(flat.copy(), out, bags, pooling == "mean"))
+        return out if ends is not None else out.view(*ids.shape, self.dim)
 
     def step(self, lr: float | None = None, now_us: int = 0) -> int:
         """Applies all pending gradients as one batch, forwards in order, each id once; then forgets them.
 
-        lr: None = `learning_rate`. now_us: event time of the update, 0 = unknown. Returns the ids updated.
+        lr: None = `learning_rate`. now_us: event time of the update, 0 = unknown. Returns the rows updated.
         ValueError if a gradient is not finite: then nothing has changed, and `discard` drops the gradients.
         """
-        gradients = [(f.ids, f.rows.grad) for f in self._pending if f.rows.grad is not None]
         updated = 0
-        if gradients:
-            ids = np.concatenate([i for i, _ in gradients])
-            grads = np.concatenate([_floats(g, "gradient") for _, g in gradients])
-            updated = self.apply_gradients(ids, grads, lr, now_us)
+        if (gradients := Gradients.of(self._pending)) is not None:
+            updated = self._update(gradients, lr, now_us)
+        if self.ttl_on_access:
+            for forward in self._pending:
+                self._table.touch(forward.ids, now_us)
         self.discard()
         return updated
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients computed so far; a forward whose backward is still to come keeps waiting."""
-        self._pending = [f for f in self._pending if f.rows.grad is None]
+        self._pending = [f for f in self._pending if f.out.grad is None]
 
     def discard(self) -> None:
         """Forgets all pending forwards and their gradients."""
@@ -156,27 +186,24 @@ class EmbeddingTable(torch.nn.Module):
 
     def gradient_squared_norm(self) -> float:
         """Sum of squares of the pending gradients, first summed per id as in a dense table's gradient."""
-        with_grad = [f for f in self._pending if f.rows.grad is not None]
-        if not with_grad:
-            return 0.0
-        ids, inverse = np.unique(np.concatenate([f.ids for f in with_grad]), return_inverse=True)
-        grads = torch.cat([f.rows.grad.detach().cpu() for f in with_grad if f.rows.grad is not None]).double()
-        summed = torch.zeros(len(ids), self.dim, dtype=torch.float64)
-        summed.index_add_(0, torch.from_numpy(inverse.reshape(-1)), grads)
-        return float(summed.square().sum())
+        gradients = Gradients.of(self._pending)
+        return 0.0 if gradients is None else gradients.squared_norm()
 
     def scale_gradients(self, factor: float) -> None:
         """Multiplies the pending gradients, for clipping by a norm taken over the whole model."""
         if not (math.isfinite(factor) and factor >= 0):
             raise ValueError(f"factor must be finite and >= 0, got {factor}; discard() drops the gradients")
         for forward in self._pending:
-            if forward.rows.grad is not None:
-                forward.rows.grad = forward.rows.grad * factor  # not in place: autograd may share its storage
+            if forward.out.grad is not None:
+                forward.out.grad = forward.out.grad * factor  # not in place: autograd may share its storage
 
     def apply_gradients(self, ids: Ids, grads: Floats, lr: float | None = None, now_us: int = 0) -> int:
         """One update per distinct id of ids [n]; grads [n, dim] of repeated ids are summed. See `step`."""
+        return self._update(Gradients(as_ids(ids), as_floats(grads, "grads")), lr, now_us)
+
+    def _update(self, g: Gradients, lr: float | None, now_us: int) -> int:
         rate = self.learning_rate if lr is None else lr
-        return self._table.apply_gradients(_ids(ids), _floats(grads, "grads"), rate, now_us)
+        return self._table.apply_gradients(g.ids, g.grads, g.row, g.scale, rate, now_us, self._threads())
 
     # Reading and writing rows
 
@@ -184,28 +211,35 @@ class EmbeddingTable(torch.nn.Module):
         """float32 [..., dim] on the CPU, without gradient; inserts nothing. missing: "initial" or "zeros"."""
         if missing not in ("initial", "zeros"):
             raise ValueError(f'missing must be "initial" or "zeros", got {missing!r}')
-        rows = self._table.lookup(_ids(ids), missing == "initial")
+        rows = self._table.lookup(as_ids(ids), missing == "initial", self._threads())
         return torch.from_numpy(rows).view(*ids.shape, self.dim)
+
+    def find_or_insert(self, ids: Ids) -> torch.Tensor:
+        """As `lookup`, after giving every absent id a fresh row, whatever the admission."""
+        return torch.from_numpy(self._table.find_or_insert(as_ids(ids), self._threads())).view(*ids.shape, self.dim)
 
     def upsert(self, ids: Ids, weights: Floats, state: Floats | None = None, last_update_us: Ids | None = None) -> int:
         """Makes the rows of ids [n] exactly weights [n, dim], state [n, state_dim] and last_update_us [n].
 
-        state None: that of a new row. last_update_us None: unknown. Returns how many rows are new.
-        ValueError for non-finite values or shapes that do not fit: then nothing has changed.
+        state None: that of a new row. last_update_us None: unknown; otherwise kept in whole seconds, rounded up.
+        Returns how many rows are new. ValueError for non-finite values or shapes that do not fit: nothing has changed.
         """
         return self._table.upsert(
-            _ids(ids),
-            _floats(weights, "weights"),
-            None if state is None else _floats(state, "state"),
-            None if last_update_us is None else _ids(last_update_us, "last_update_us"),
+            as_ids(ids),
+            as_floats(weights, "weights"),
+            None if state is None else as_floats(state, "state"),
+            None if last_update_us is None else as_ids(last_update_us, "last_update_us"),
+            None,
+            None,
+            self._threads(),
         )
 
     def erase(self, ids: Ids) -> int:
-        """Removes rows, leaving tombstones; absent ids are ignored. Returns the rows removed."""
-        return self._table.erase(_ids(ids))
+        """Removes rows (and candidates), leaving tombstones; absent ids are ignored. Returns the rows removed."""
+        return self._table.erase(as_ids(ids))
 
     def expire(self, before_us: int) -> int:
-        """Erases the rows whose newest update is before this event time. Rows of unknown time (0) stay."""
+        """Erases at once the rows last seen before this event time. Rows of unknown time (0) stay."""
         return self._table.expire(before_us)
 
     # Deltas
@@ -228,14 +262,18 @@ class EmbeddingTable(torch.nn.Module):
         return _delta(self._table.export_delta(since_epoch))
 
     def export_all(self) -> TableDelta:
-        """All rows and no tombstones: a snapshot, to be applied to an empty table."""
+        """All rows and candidates, no tombstones: to be applied to an empty table."""
         return _delta(self._table.export_all())
 
     def apply_delta(self, delta: TableDelta) -> None:
         """Replays an export of a table with the same settings; the changed rows are then equal to the bit."""
-        tombstones = _ids(delta.tombstones, "tombstones")
-        self.upsert(delta.keys, delta.weights, delta.state, delta.last_update_us)
-        self.erase(tombstones)
+        keys, weights = as_ids(delta.keys, "keys"), as_floats(delta.weights, "weights")
+        state = None if delta.state is None else as_floats(delta.state, "state")
+        times = None if delta.last_update_us is None else as_ids(delta.last_update_us, "last_update_us")
+        waiting = as_ids(delta.candidate_keys, "candidate_keys")
+        self.erase(as_ids(delta.tombstones, "tombstones"))
+        self._table.upsert(keys, weights, state, times, delta.counts, None, self._threads())
+        self._table.put_candidates(waiting, delta.candidates)
 
     def drop_tombstones(self, up_to_epoch: int) -> int:
         """Forgets tombstones of closed epochs <= up_to_epoch (all readers have them). Returns how many."""
@@ -243,31 +281,40 @@ class EmbeddingTable(torch.nn.Module):
             raise ValueError(f"up_to_epoch must be >= 0, got {up_to_epoch}")
         return self._table.drop_tombstones(up_to_epoch)
 
+    def subscribe(self, consumer: str) -> None:
+        """From now on `export_for(consumer)` gives what changed; its first delta has all rows and candidates."""
+        with self._consumers_lock:
+            if consumer not in self._consumers:
+                self._consumers[consumer] = self.advance_epoch()
+                self._newcomers.add(consumer)
+
+    def export_for(self, consumer: str) -> tuple[TableDelta, int]:
+        """All that changed since what the consumer acknowledged, and the epoch to acknowledge once it is safe there.
+
+        Until then it comes again: a consumer that fails loses nothing. KeyError for an unknown consumer.
+        """
+        with self._consumers_lock:
+            since, new = self._consumers[consumer], consumer in self._newcomers
+        epoch = self.advance_epoch()
+        delta = self.export_delta(since)
+        return (replace(self.export_all(), tombstones=delta.tombstones) if new else delta), epoch
+
+    def acknowledge(self, consumer: str, epoch: int) -> None:
+        """The consumer has all up to that epoch; tombstones that every consumer has are dropped."""
+        with self._consumers_lock:
+            if not 0 <= epoch < self.epoch():
+                raise ValueError(f"epoch {epoch} is not closed; acknowledge what export_for returned")
+            self._consumers[consumer] = max(self._consumers[consumer], epoch)
+            self._newcomers.discard(consumer)
+            everyone = min(self._consumers.values())
+        if everyone > 0:
+            self.drop_tombstones(everyone)
+
     def stats(self) -> dict[str, int]:
-        """rows, tombstones, epoch, memory_bytes and totals (looked_up, missed, inserted, updated ...)."""
+        """rows, candidates, tombstones, row_bytes, overhead_bytes, and totals of what was done, refused and removed."""
         return self._table.stats()
 
 
 def _delta(arrays: freshet_table.Delta) -> TableDelta:
-    keys, weights, state, last_update_us, tombstones = arrays
-    return TableDelta(keys, weights, state, tombstones, last_update_us)
-
-
-def _ids(ids: Ids, name: str = "ids") -> Int64Array:
-    """ids as a flat, contiguous array; TypeError unless they are int64 already (a cast could merge ids)."""
-    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else ids
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be an int64 tensor or array, got {type(ids).__name__}")
-    if array.dtype != np.int64:
-        raise TypeError(f"{name} must be int64, got {array.dtype}; convert with .long() or .astype(np.int64)")
-    return np.require(array.reshape(-1), np.int64, ["C_CONTIGUOUS", "ALIGNED"])
-
-
-def _floats(values: Floats, name: str) -> Float32Array:
-    """values [n, width] as a contiguous array; TypeError unless they are float32 already."""
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a float32 tensor or array, got {type(values).__name__}")
-    if array.dtype != np.float32:
-        raise TypeError(f"{name} must be float32, got {array.dtype}; use .float() or .astype(np.float32)")
-    return np.require(array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
+    keys, weights, state, last_update_us, counts, candidate_keys, candidates, tombstones = arrays
+    return TableDelta(keys, weights, state, tombstones, last_update_us, counts, candidate_keys, candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +14,13 @@ from torch import Tensor
 from components.errors import BadInput, FreshetError
 from model.dataset import SequenceDataset
 from model.inputs import MICROSECONDS, UserEvents
+from model.precision import training_precision
 from model.sequence_model import SequenceModel
+from model.stochastic_length import StochasticLength
 from model.table import EmbeddingTable, TableDelta
 
+CONTINUAL = -1
+"""The epoch of a continual pass, for what is drawn per epoch."""
 ROW_PARTS = ("keys", "weights", "state", "last_update_us")
 
 
@@ -31,6 +36,13 @@ class Step:
     targets: int
     gradient_norm: float
     event_time_us: int
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that went through the model, over the time of the step."""
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 class Trainer:
@@ -43,6 +55,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=c.dense_lr, betas=(0.9, 0.98), weight_decay=c.weight_decay
         )
+        self.lengths = StochasticLength.of(c)
         self.step = 0
 
     def fit(
@@ -60,6 +73,7 @@ class Trainer:
         start: number of batches of this call already done (resume after export_state, same dataset and settings).
         """
         c = self.model.config
+        dataset = self.model.examples(dataset)
         plan = self._plan(dataset, continual, epochs)
         losses: list[tuple[int, float, int]] = []
         self.model.train()
@@ -69,7 +83,8 @@ class Trainer:
             pace = 1.0 if continual else self._pace(done, len(plan))
             for group in self.optimizer.param_groups:
                 group["lr"] = (c.continual_dense_lr if continual else c.dense_lr) * pace
-            report = self._train_batch(dataset.users(users), continual, pace, (epoch, done + 1, len(plan)))
+            batch = self._shorten(dataset.users(users), CONTINUAL if continual else epoch)
+            report = self._train_batch(batch, continual, pace, (epoch, done + 1, len(plan)))
             losses.append((epoch, report.loss, report.targets))
             if on_step is not None:
                 on_step(report)
@@ -83,9 +98,17 @@ class Trainer:
     ) -> list[tuple[int, NDArray[np.int64]]]:
         c = self.model.config
         if continual:
-            return [(0, users) for users in dataset.in_event_order(c.continual_batch_tokens)]
+            return [(0, u) for u in dataset.in_event_order(c.continual_batch_tokens, self.lengths, CONTINUAL)]
         count = c.epochs if epochs is None else epochs
-        return [(e, users) for e in range(count) for users in dataset.shuffled(c.batch_tokens, c.seed, e)]
+        draws = (dataset.shuffled(c.batch_tokens, c.seed, e, self.lengths, c.generative_sampling) for e in range(count))
+        return [(e, users) for e, batches in enumerate(draws) for users in batches]
+
+    def _shorten(self, users: list[UserEvents], epoch: int) -> list[UserEvents]:
+        """Stochastic length; a continual pass and request examples keep every target."""
+        if self.lengths is None:
+            return users
+        keep_new = epoch == CONTINUAL or self.model.config.per_request()
+        return self.lengths.cut_all(users, epoch, keep_new=keep_new)
 
     def _pace(self, done: int, total: int) -> float:
         """Factor of the learning rates in pretraining: linear warm-up, then linear decay to final_lr."""
@@ -94,21 +117,23 @@ class Trainer:
         return min(decay, (done + 1) / max(c.warmup * total, 1.0))
 
     def _train_batch(self, users: list[UserEvents], continual: bool, pace: float, place: tuple[int, int, int]) -> Step:
+        started = time.perf_counter()
         tokens = self.model.tokens(users)
         tables = self.model.tables()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), training_precision(self.model):
             torch.manual_seed((self.model.config.seed << 32) + self.step)  # dropout is a function of the step
             loss, targets = self.model.loss(tokens)
         self.optimizer.zero_grad()
         loss.backward()
         norm = self._clip(tables)
         self.optimizer.step()
-        event_time = int(tokens.query_time.max()) * MICROSECONDS
+        event_time = int(tokens.query_time.max()) * MICROSECONDS if len(tokens) else 0
         for slot, table in tables.items():
             table.scale_gradients(float(targets))  # a row learns from the sum over its events, whatever the batch
             table.step(self.model.table_lr(slot, continual) * pace, event_time)
         self.step += 1
-        return Step(self.step, *place, float(loss.detach()), targets, norm, event_time)
+        seconds = time.perf_counter() - started
+        return Step(self.step, *place, float(loss.detach()), targets, norm, event_time, len(tokens), seconds)
 
     def _clip(self, tables: dict[str, EmbeddingTable]) -> float:
         """Scale all gradients, dense and of tables, so that their joint norm is at most clip_norm."""
@@ -132,6 +157,7 @@ class Trainer:
     def predict(self, dataset: SequenceDataset) -> dict[str, NDArray]:
         """The model's outputs at every target, concatenated; `user` is the index in the dataset."""
         self.model.train(False)
+        dataset = self.model.examples(dataset)
         parts: list[dict[str, NDArray]] = []
         with torch.no_grad():
             for users in dataset.in_event_order(self.model.config.batch_tokens):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ Files = dict[str, dict[str, Array]]
 """The three files of an entry: tables, state, dense -> array name -> array."""
 
 FILES = ("tables", "state", "dense")
+STATE_PARTS = ("state", "last_update_us", "counts", "candidate_keys", "candidates")
 _OPTIMIZER = "optimizer/"
 
 
@@ -23,7 +25,8 @@ _OPTIMIZER = "optimizer/"
 class TableDelta:
     """Rows of one slot to write and keys to erase; erasing comes first. Keys are distinct.
 
-    A server reads no optimiser state: then `state` and `last_update_us` are None.
+    A server reads no optimiser state: then `state`, `last_update_us`, `counts` and the candidates are None. Candidates
+    are ids seen but not admitted to the table yet (see model.table); logs of before they were kept have none.
     """
 
     keys: npt.NDArray[np.int64]  # [n]
@@ -31,6 +34,9 @@ class TableDelta:
     state: npt.NDArray[np.float32] | None  # [n, state_dim]: optimiser state
     tombstones: npt.NDArray[np.int64]  # [m]
     last_update_us: npt.NDArray[np.int64] | None  # [n]: event time of each row's newest update, 0 = unknown
+    counts: npt.NDArray[np.uint16] | None = None  # [n]: occurrences of each row in updates
+    candidate_keys: npt.NDArray[np.int64] | None = None  # [c]
+    candidates: npt.NDArray[np.uint32] | None = None  # [c]: hour and count of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,29 +64,45 @@ def fold(parts: Sequence[Parameters]) -> Parameters:
 
 
 def _fold_slot(parts: Sequence[TableDelta]) -> TableDelta:
-    keys, rows, offset = [], [], 0
+    """In order, the last word on each key: a row (its number), gone (-1), or a candidate (-2 - its number)."""
+    keys, words, rows, candidates = [], [], 0, 0
     for part in parts:
-        keys += [part.tombstones, part.keys]
-        rows += [np.full(len(part.tombstones), -1), np.arange(offset, offset + len(part.keys))]
-        offset += len(part.keys)
-    all_keys, all_rows = np.concatenate(keys), np.concatenate(rows)
+        seen = _no_ids() if part.candidate_keys is None else part.candidate_keys
+        keys += [part.tombstones, part.keys, seen]
+        words += [
+            np.full(len(part.tombstones), -1),
+            np.arange(rows, rows + len(part.keys)),
+            -2 - np.arange(candidates, candidates + len(seen)),
+        ]
+        rows, candidates = rows + len(part.keys), candidates + len(seen)
+    all_keys, all_words = np.concatenate(keys), np.concatenate(words)
     order = np.argsort(all_keys, kind="stable")
     is_last = np.append(np.diff(all_keys[order]) != 0, True)[: len(order)]
-    chosen = all_rows[order][is_last]
-    alive = chosen >= 0
-    chosen = chosen[alive]
-
-    def gather(arrays: Sequence[Array | None]) -> Array | None:
-        present = [array for array in arrays if array is not None]
-        return np.concatenate(present)[chosen] if present else None
-
+    key, word = all_keys[order][is_last], all_words[order][is_last]
+    chosen, waiting = word[word >= 0], -2 - word[word < -1]
+    counted = any(part.counts is not None for part in parts)
+    counts = [np.zeros(len(part.keys), np.uint16) if part.counts is None else part.counts for part in parts]
+    with_candidates = any(part.candidates is not None for part in parts)
+    seen_words = [np.empty(0, np.uint32) if part.candidates is None else part.candidates for part in parts]
     return TableDelta(
-        keys=all_keys[order][is_last][alive],
+        keys=key[word >= 0],
         weights=np.concatenate([part.weights for part in parts])[chosen],
-        state=gather([part.state for part in parts]),  # type: ignore[arg-type]
-        tombstones=np.empty(0, np.int64),
-        last_update_us=gather([part.last_update_us for part in parts]),  # type: ignore[arg-type]
+        state=_gather([part.state for part in parts], chosen),
+        tombstones=_no_ids(),
+        last_update_us=_gather([part.last_update_us for part in parts], chosen),
+        counts=np.concatenate(counts)[chosen] if counted else None,
+        candidate_keys=key[word < -1] if with_candidates else None,
+        candidates=np.concatenate(seen_words)[waiting] if with_candidates else None,
     )
+
+
+def _no_ids() -> npt.NDArray[np.int64]:
+    return np.empty(0, np.int64)
+
+
+def _gather(arrays: Sequence[Any], chosen: npt.NDArray[np.int64]) -> Any:
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present)[chosen] if present else None
 
 
 def difference(one: Parameters, other: Parameters) -> str | None:
@@ -126,7 +148,7 @@ def to_files(parameters: Parameters) -> Files:
         files["tables"][f"{slot}.keys"] = table.keys
         files["tables"][f"{slot}.weights"] = table.weights
         files["tables"][f"{slot}.tombstones"] = table.tombstones
-        for name in ("state", "last_update_us"):
+        for name in STATE_PARTS:
             if (array := getattr(table, name)) is not None:
                 files["state"][f"{slot}.{name}"] = array
     files["state"] |= {_OPTIMIZER + name: array for name, array in parameters.optimizer.items()}
@@ -144,6 +166,7 @@ def from_files(files: Mapping[str, Mapping[str, Array]], n: int) -> Parameters:
             state=None if state is None else state[f"{slot}.state"],  # type: ignore[arg-type]
             tombstones=rows[f"{slot}.tombstones"],  # type: ignore[arg-type]
             last_update_us=None if state is None else state[f"{slot}.last_update_us"],  # type: ignore[arg-type]
+            **{name: None if state is None else state.get(f"{slot}.{name}") for name in STATE_PARTS[2:]},  # type: ignore[arg-type]
         )
         for slot in slots
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,8 +70,15 @@ def load_into(trainer: Trainer, parameters: Parameters) -> None:
     if parameters.optimizer:
         trainer.load_optimizer_state(_tensors(parameters.optimizer))
     for slot, table in tables.items():
-        rows = parameters.tables[slot]
-        table.upsert(rows.keys, rows.weights, rows.state, rows.last_update_us)
+        table.apply_delta(_rows(parameters.tables[slot]))
+
+
+def _rows(rows: TableDelta) -> Export:
+    """As the table takes them; without a trainer's state, which was not read, rows start with a new row's."""
+    from model.table import TableDelta as Export
+
+    known = {part.name: getattr(rows, part.name) for part in fields(rows)}
+    return Export(**{name: value for name, value in known.items() if value is not None})
 
 
 def export_all(trainer: Trainer) -> Parameters:
@@ -91,7 +99,7 @@ def export_changes(trainer: Trainer, since: Mapping[str, int], n: int) -> Parame
 
 def _export(trainer: Trainer, tables: Mapping[str, Export], n: int) -> Parameters:
     rows = {
-        slot: TableDelta(table.keys, table.weights, table.state, table.tombstones, table.last_update_us)
+        slot: TableDelta(**{part.name: getattr(table, part.name) for part in fields(TableDelta)})
         for slot, table in tables.items()
     }
     return Parameters(_arrays(trainer.dense()), rows, _arrays(trainer.optimizer_state()), n)

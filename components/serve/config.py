@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlparse
 
 from pydantic import Field, field_validator
@@ -46,6 +47,11 @@ class ServeConfig(StepConfig):
     )
     exploration: float = Field(
         0.1, ge=0, le=1, description="share of slots with a random available item, so that new items get seen"
+    )
+    table_precision: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32",
+        description="how embedding rows are kept in memory: fp32 is the trainer's to the bit, fp16 halves and int8"
+        " (one scale per row) quarters them",
     )
     flush_interval_s: float = Field(2.0, gt=0, le=3600, description="seconds between writes to the event log")
     future_tolerance_s: float = Field(5.0, ge=0, le=3600, description="how far ahead a client's clock may run")

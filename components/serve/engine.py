@@ -12,6 +12,7 @@ from components.errors import FreshetError
 from components.rollout import record
 from components.rollout.assignment import serves_challenger
 from components.rollout.state import Release, RolloutState
+from components.serve.config import ServeConfig
 from components.serve.items import ItemFolder
 from components.serve.loaded import RETRY_S, LoadedVersion
 from components.serve.metrics import Metrics
@@ -61,10 +62,9 @@ class Tracks:
 class Engine:
     """Loads, syncs and hands out tracks. `sync` runs in one thread at a time; `assign` in any."""
 
-    def __init__(self, storage: Storage, items: ItemFolder, metrics: Metrics, history_interactions: int) -> None:
-        """history_interactions: kept per user; a model that looks back further is warned about."""
-        self.storage, self.items, self.metrics = storage, items, metrics
-        self.history_interactions = history_interactions
+    def __init__(self, storage: Storage, items: ItemFolder, metrics: Metrics, config: ServeConfig) -> None:
+        """A model that looks back further than config.history_interactions is warned about."""
+        self.storage, self.items, self.metrics, self.config = storage, items, metrics, config
         self.errors: dict[str, str] = {}
         self._found: dict[str, str] = {}  # of the round of sync at work
         self.tracks: Tracks | None = None
@@ -148,7 +148,9 @@ class Engine:
     def _load(self, key: tuple[str, int]) -> None:
         started = time.perf_counter()
         try:
-            loaded = LoadedVersion(self.storage, *key, self.items.items.catalogue, self.metrics)
+            loaded = LoadedVersion(
+                self.storage, *key, self.items.items.catalogue, self.metrics, self.config.table_precision
+            )
         except FreshetError as error:
             if key not in self._failed or self._failed[key].message != str(error):
                 log.error("%s %d cannot be loaded: %s", *key, error)
@@ -160,13 +162,13 @@ class Engine:
         if loaded.error is not None:
             self._found[loaded.label()] = loaded.error
         log.info("%s loaded at %d in %.2f s", loaded.label(), loaded.n, time.perf_counter() - started)
-        if loaded.reach() > self.history_interactions:
+        if loaded.reach() > self.config.history_interactions:
             log.warning(
                 "%s looks back %d events but --history-interactions=%d keeps fewer: its scores will differ from "
                 "training; raise the setting",
                 loaded.label(),
                 loaded.reach(),
-                self.history_interactions,
+                self.config.history_interactions,
             )
 
     def _publish(self, state: RolloutState, champion: Track | None, challenger: Track | None) -> None:

@@ -22,11 +22,12 @@ from components.storage import Storage
 from model.catalogue import ItemCatalogue
 from model.ranker import Ranker
 from model.retriever import Retriever
-from model.table import EmbeddingTable
+from model.serving_table import ServingTable, serving_copy
 
 Model = Ranker | Retriever
 RETRY_S = 5.0
 """Seconds between attempts to read a damaged log again."""
+FP16_MAX = 65504.0
 LISTING_S = 30.0
 """Seconds between searches for gaps in a log."""
 log = logging.getLogger("freshet.serve.sync")
@@ -34,22 +35,31 @@ log = logging.getLogger("freshet.serve.sync")
 
 @dataclass
 class Served:
-    """A model and the sync point it stands at; both change under the write lock only."""
+    """A model, its tables by slot, and the sync point they stand at; all change under the write lock only."""
 
     model: Model
+    tables: dict[str, ServingTable]
     n: int
     learned_until_us: int | None
     lock: ReadWriteLock = field(default_factory=ReadWriteLock)
 
     def rows(self) -> int:
         """Rows in all embedding tables."""
-        return sum(table.stats()["rows"] for table in _tables(self.model).values())
+        return sum(len(table) for table in self.tables.values())
 
 
 class LoadedVersion:
     """A version that serves. `sync` is called by one thread; requests read concurrently."""
 
-    def __init__(self, storage: Storage, name: str, version: int, catalogue: ItemCatalogue, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        version: int,
+        catalogue: ItemCatalogue,
+        metrics: Metrics,
+        precision: str = "fp32",
+    ) -> None:
         """Load the version at head, or, when its log is damaged, at the newest point that can be proven.
 
         Raises BadInput when nothing is published, CorruptLog when nothing can be proven.
@@ -59,6 +69,7 @@ class LoadedVersion:
         self._reader = LogReader(storage, name, version)
         self._catalogue = catalogue
         self._metrics = metrics
+        self._precision = precision
         self._retry_at = self._next_listing = 0.0
         self._served = self._load_what_is_sound()
 
@@ -175,17 +186,18 @@ class LoadedVersion:
         parameters = self._reader.load(as_of)
         manifest = self._reader.manifest(parameters.n)
         model = _build(self.name, manifest, self._catalogue)
-        _prove(model, parameters, self.label())
-        served = Served(model, parameters.n, manifest.learned_until_us)
-        _write(model, parameters)
+        tables = serving_copy(model, self._precision, fill=False)
+        served = Served(model, tables, parameters.n, manifest.learned_until_us)
+        _prove(served, parameters, self.label())
+        _write(served, parameters)
         return served
 
     def _apply(self, delta: Parameters, manifest: LogManifest) -> None:
         served = self._served
-        _prove(served.model, delta, self.label())
+        _prove(served, delta, self.label())
         started = time.perf_counter()
         with served.lock.write():
-            _write(served.model, delta)
+            _write(served, delta)
             served.n = manifest.n
             served.learned_until_us = manifest.learned_until_us
         seconds = time.perf_counter() - started
@@ -200,15 +212,15 @@ def _build(name: str, manifest: LogManifest, catalogue: ItemCatalogue) -> Model:
     return model
 
 
-def _prove(model: Model, parameters: Parameters, label: str) -> None:
+def _prove(served: Served, parameters: Parameters, label: str) -> None:
     """Everything that could fail is checked before the first row is written, so that an apply is all or nothing."""
-    problem = _misfit(model, parameters)
+    problem = _misfit(served, parameters)
     if problem:
         raise CorruptLog(f"point {parameters.n} of {label} does not fit the model: {problem}; train a new version")
 
 
-def _misfit(model: Model, parameters: Parameters) -> str | None:
-    tables = _tables(model)
+def _misfit(served: Served, parameters: Parameters) -> str | None:
+    tables = served.tables
     if tables.keys() != parameters.tables.keys():
         return f"slots {sorted(parameters.tables)} instead of {sorted(tables)}"
     for slot, rows in parameters.tables.items():
@@ -216,7 +228,9 @@ def _misfit(model: Model, parameters: Parameters) -> str | None:
             return f"rows of slot {slot} are {rows.weights.shape[1]} wide instead of {tables[slot].dim}"
         if not np.isfinite(rows.weights).all():
             return f"slot {slot} has weights that are not finite"
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        if tables[slot].precision == "fp16" and np.abs(rows.weights).max(initial=0) > FP16_MAX:
+            return f"slot {slot} has weights above {FP16_MAX}, too large for --table-precision=fp16"
+    expected = {name: tuple(value.shape) for name, value in served.model.state_dict().items()}
     found = {name: value.shape for name, value in parameters.dense.items()}
     if expected != found:
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -224,16 +238,8 @@ def _misfit(model: Model, parameters: Parameters) -> str | None:
     return None
 
 
-def _write(model: Model, parameters: Parameters) -> None:
+def _write(served: Served, parameters: Parameters) -> None:
     dense = {name: torch.from_numpy(np.array(value)) for name, value in parameters.dense.items()}
-    model.load_state_dict(dense, strict=True)
-    tables = _tables(model)
+    served.model.load_state_dict(dense, strict=True)
     for slot, rows in parameters.tables.items():
-        tables[slot].erase(rows.tombstones)
-        tables[slot].upsert(rows.keys, rows.weights)
-    for table in tables.values():
-        table.drop_tombstones(table.advance_epoch())  # only a trainer exports deltas
-
-
-def _tables(model: Model) -> dict[str, EmbeddingTable]:
-    return {slot: table for slot, table in model.tables().items() if isinstance(table, EmbeddingTable)}
+        served.tables[slot].update(rows.keys, rows.weights, rows.tombstones)

@@ -19,6 +19,7 @@ from components.serve.config import ServeConfig
 from components.serve.engine import Engine, NotReady, Track
 from components.serve.history import History, clock_us
 from components.serve.items import ItemFolder
+from components.serve.loaded import Served
 from components.serve.metrics import Metrics
 from components.serve.shadow import Scored, Shadow
 from components.serve.tally import Tally
@@ -26,7 +27,6 @@ from model.catalogue import Int64s
 from model.inputs import UserEvents
 from model.ranker import Ranker
 from model.retriever import Retriever
-from model.table import EmbeddingTable
 
 log = logging.getLogger("freshet.serve")
 
@@ -179,17 +179,16 @@ def score(track: Track, weights: dict[str, float], events: UserEvents, ids: Int6
         vector = weight_vector(ranker.head_names, weights, track.ranker.label())
         nothing = np.zeros((0, len(vector)), np.float32)
         probabilities = ranker.score(events, ids, now, page) if len(ids) else nothing
-        known = learned(ranker, ids)
+        known = learned(served, ids)
         delta = served.n
     return Scores(ranker.head_names, probabilities, weighted(probabilities, vector), known, delta)
 
 
-def learned(ranker: Ranker, ids: Int64s) -> NDArray[np.bool_]:
+def learned(served: Served, ids: Int64s) -> NDArray[np.bool_]:
     """Which items have a row of their own in the ranker's tables; a ranker without such tables knows its catalogue."""
-    tables = [ranker.tables().get(slot) for slot in ("item", "item_bias")]
-    present = [table for table in tables if isinstance(table, EmbeddingTable)]
+    present = [served.tables[slot] for slot in ("item", "item_bias") if slot in served.tables]
     if not present:
-        return np.isin(ids, ranker.catalogue.item_id)
+        return np.isin(ids, served.model.catalogue.item_id)
     rows = [(table.lookup(ids, missing="zeros") != 0).any(1).numpy() for table in present]
     return np.logical_or.reduce(rows)
 

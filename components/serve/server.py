@@ -39,7 +39,7 @@ class Server:
             config.history_interactions, config.history_users, config.attribution_window_s * 1_000_000
         )
         self.files = EventFiles(self.storage, self.history, config.history_days)
-        self.engine = Engine(self.storage, self.items, self.metrics, config.history_interactions)
+        self.engine = Engine(self.storage, self.items, self.metrics, config)
         self.intake = Intake(self.history, self.metrics, config.future_tolerance_s)
         self.shadow = Shadow(config.weights(), config.candidates, self.tally, self.metrics)
         self.recommender = Recommender(

@@ -1,64 +1,81 @@
 // The collisionless embedding table of one slot: full 64-bit ids -> rows of float weights + optimiser state.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
-#include <shared_mutex>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
 #include <vector>
 
-#include "id_map.h"
-#include "optimizer.h"
-#include "row_store.h"
+#include "flight.h"
+#include "reclaimer.h"
+#include "shard.h"
+#include "table_config.h"
 
 namespace freshet {
 
-struct TableConfig {
-  std::size_t dim = 0;
-  OptimizerConfig optimizer;
-  float init_scale = 0.05F;    // new weights are uniform in (-init_scale, init_scale)
-  std::uint64_t seed = 0;
-  std::uint64_t slot_hash = 0;  // a stable 64-bit hash of the slot's name
+// What a read gives for an id that has no row.
+enum class Missing { kZeros, kInitial };
+enum class Pooling { kSum, kMean };
+
+// What becomes of an id without a row in a writing batch.
+enum class Verdict : std::uint8_t {
+  kInsert,     // it gets a fresh row
+  kCandidate,  // it stays, or becomes, a candidate
+  kRefuse,     // nothing
 };
 
-// What `lookup` writes for an id that has no row.
-enum class Missing { kZeros, kInitial };
-
-// Rows in ascending order of key, and erased keys in ascending order. keys and tombstones are disjoint.
+// Erased keys, rows and candidates, to be applied in this order; each in ascending order of key. keys and tombstones are
+// disjoint; a candidate may have been a row before, and then has a tombstone too.
 struct Delta {
   std::vector<std::int64_t> keys;            // [n]
   std::vector<float> weights;                // [n, dim]
   std::vector<float> state;                  // [n, state_dim]
-  std::vector<std::int64_t> last_update_us;  // [n]
+  std::vector<std::int64_t> last_update_us;  // [n], whole seconds
+  std::vector<std::uint16_t> counts;         // [n]
+  std::vector<std::int64_t> candidate_keys;  // [c]
+  std::vector<std::uint32_t> candidates;     // [c], see Candidate
   std::vector<std::int64_t> tombstones;      // [m]
 };
 
 struct TableStats {
   std::uint64_t rows = 0;
+  std::uint64_t candidates = 0;
   std::uint64_t tombstones = 0;
   std::uint64_t epoch = 0;
-  std::uint64_t memory_bytes = 0;
-  std::uint64_t looked_up = 0;  // ids asked for by lookup; this and the rest count since the table was made
-  std::uint64_t missed = 0;     // of these, ids that had no row
-  std::uint64_t inserted = 0;
-  std::uint64_t updated = 0;    // rows changed by gradients
+  std::uint64_t row_bytes = 0;       // weights, state and their slack in slabs
+  std::uint64_t overhead_bytes = 0;  // index, bookkeeping of rows, logs
+  // Since the table was made:
+  std::uint64_t looked_up = 0;             // ids asked for
+  std::uint64_t missed = 0;                // of these, ids without a row
+  std::uint64_t inserted = 0;              // new rows
+  std::uint64_t updated = 0;               // rows changed by gradients
   std::uint64_t upserted = 0;
-  std::uint64_t erased = 0;     // by erase
-  std::uint64_t expired = 0;    // by expire
+  std::uint64_t erased = 0;                // by erase
+  std::uint64_t expired = 0;               // by time to live
+  std::uint64_t expired_candidates = 0;
+  std::uint64_t evicted = 0;               // by max_rows
+  std::uint64_t refused_admission = 0;     // distinct ids of a batch whose gradient was dropped: not admitted yet
+  std::uint64_t refused_full = 0;          // the same: no room
+  std::uint64_t refused_batches = 0;       // batches refused for gradients that are not finite
+  std::uint64_t postponed_sweeps = 0;      // expiry or eviction that found no memory to work with
 };
 
-// Invariants:
-//  * index_ maps exactly the keys of the taken rows, each to its own row: no two ids share a row, for any ids;
-//  * a key is in index_ or in tombstones_ or in neither, never in both;
-//  * every change of a row stores the open epoch in its meta, and every erasure stores it in tombstones_. Therefore
-//    {rows with dirty_epoch > e} + {tombstones with epoch > e} is all that changed after epoch e closed;
-//  * a fresh row is a pure function of (seed, slot_hash, id, config): see initializer.h;
+class SnapshotScan;
+
+// Invariants, beside those of Shard:
+//  * a fresh row is a pure function of (seed, slot_hash, id, config): see initializer.h. So is every later state, of the
+//    sequence of writing calls: neither the number of shards nor of threads matters;
 //  * weights and state are finite: gradients, weights and state that are not are refused;
-//  * a call that throws has changed nothing that any other call can see (inputs are checked and memory is reserved
-//    before the first write).
+//  * a writing call that throws has changed nothing that any other call can see, unless it says otherwise.
 //
-// Thread-safety: any number of readers (lookup, export, stats), or one writer; a batch is atomic to readers.
+// Threads: reading calls (lookup, lookup_pooled, stats, size) never block and may run beside anything. They see each row
+// as it was at one moment, and every row whose insertion returned before they began. All other calls wait for each other;
+// a batch is split among up to `threads` threads by shard. A SnapshotScan runs beside the writer.
 class EmbeddingTable {
  public:
   // Larger gradients are refused like non-finite ones: their squares would overflow the optimiser state.
@@ -66,72 +83,180 @@ class EmbeddingTable {
   static constexpr float kMaxLearningRate = 1e6F;
 
   explicit EmbeddingTable(const TableConfig& config);  // std::invalid_argument for a bad config
+  ~EmbeddingTable();
 
   std::size_t dim() const noexcept { return config_.dim; }
   std::size_t state_dim() const noexcept { return state_dim_; }
-  std::size_t size() const;
-  std::uint64_t epoch() const;
+  const TableConfig& config() const noexcept { return config_; }
+  std::size_t size() const noexcept;
+  Epoch epoch() const noexcept { return epoch_.load(std::memory_order_relaxed); }
   TableStats stats() const;
 
-  // Writes weights of ids[n] to out[n, dim]; inserts nothing. Returns how many ids had no row.
-  std::size_t lookup(const std::int64_t* ids, std::size_t n, float* out, Missing missing) const;
+  // Reading
 
-  // As lookup, after giving every absent id a fresh row. Returns how many rows are new.
-  std::size_t find_or_insert(const std::int64_t* ids, std::size_t n, float* out);
+  // Writes weights of ids[n] to out[n, dim]. Returns how many ids had no row.
+  std::size_t lookup(const std::int64_t* ids, std::size_t n, float* out, Missing missing, std::size_t threads) const;
 
-  // One optimiser update per distinct id (absent ids get a fresh row first), with the gradients of its occurrences in
-  // grads[n, dim] summed in order. Sets last_update_us to the later of itself and now_us. Returns the distinct ids.
-  // std::invalid_argument for a gradient, or a sum, that is not finite or above kMaxGradient.
-  std::size_t apply_gradients(const std::int64_t* ids, std::size_t n, const float* grads, float lr,
-                              std::int64_t now_us);
+  // Bag b holds ids[offsets[b]] to ids[offsets[b + 1] - 1]; writes their sum or mean to out[bags, dim] (zeros for an
+  // empty bag). std::invalid_argument unless offsets rise from 0 to n. Returns how many ids had no row.
+  std::size_t lookup_pooled(const std::int64_t* ids, std::size_t n, const std::int64_t* offsets, std::size_t bags,
+                            Pooling pooling, float* out, Missing missing, std::size_t threads) const;
 
-  // Makes the rows of ids[n] exactly weights[n, dim], state[n, state_dim] (nullptr: a fresh row's state) and
-  // last_update_us[n] (nullptr: 0), whatever they were. Of a repeated id the last occurrence stays. Returns new rows.
-  std::size_t upsert(const std::int64_t* ids, std::size_t n, const float* weights, const float* state,
-                     const std::int64_t* last_update_us);
+  // Writing
 
-  // Removes the rows of ids[n], leaving tombstones; absent ids are ignored. Returns the rows removed.
+  // As lookup, after giving every absent id a fresh row, whatever the admission. Returns how many rows are new.
+  std::size_t find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads);
+
+  // One optimiser update per distinct id, with the gradients of its occurrences summed in order; absent ids that are
+  // admitted get a fresh row first. Position i has gradient scale[i] * grads[row[i]] (row nullptr: i; scale nullptr: 1).
+  // Then expiry and eviction, as far as configured. Returns the rows updated.
+  // std::invalid_argument for a gradient, or a sum, that is not finite or above kMaxGradient: nothing has changed.
+  // std::bad_alloc: rows that were there are updated, and no id got a new one.
+  struct Gradients {
+    const float* grads;                  // [grad_rows, dim]
+    std::size_t grad_rows;
+    const std::uint32_t* row = nullptr;  // [n]
+    const float* scale = nullptr;        // [n]
+  };
+  std::size_t apply_gradients(const std::int64_t* ids, std::size_t n, const Gradients& gradients, float lr,
+                              std::int64_t now_us, std::size_t threads);
+
+  // Makes the rows of ids[n] exactly these. Of a repeated id the last occurrence stays. Returns new rows.
+  struct Rows {
+    const float* weights;                          // [n, dim]
+    const float* state = nullptr;                  // [n, state_dim]; nullptr: a fresh row's
+    const std::int64_t* last_update_us = nullptr;  // [n]; nullptr: unknown
+    const std::uint16_t* counts = nullptr;         // [n]; nullptr: 0
+    const std::uint32_t* dirty_epochs = nullptr;   // [n]; of a snapshot that is restored; nullptr: the open epoch
+  };
+  std::size_t upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads);
+
+  // Makes ids[n] candidates with the words that an export gave; ids with a row are left alone.
+  void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
+
+  // Marks the rows of ids as seen at now_us, if ttl_on_access. std::bad_alloc: some of them are, some are not.
+  void touch(const std::int64_t* ids, std::size_t n, std::int64_t now_us);
+
+  // Removes rows and candidates; rows leave tombstones. Absent ids are ignored. Returns the rows removed.
   std::size_t erase(const std::int64_t* ids, std::size_t n);
 
-  // Erases the rows last updated before before_us. Rows whose time is unknown (0) stay.
+  // Erases at once all rows last seen before before_us (a time unknown counts as never expiring), down to min_rows.
   std::size_t expire(std::int64_t before_us);
 
-  // Closes the open epoch and opens the next. Returns the epoch just closed (the first is 1).
-  std::uint64_t advance_epoch();
+  // Deltas
 
-  // All that changed in epochs > since_epoch, the open one included. std::invalid_argument if since_epoch is not closed
-  // (0 counts as closed), or if tombstones of later epochs were dropped: the answer would not be complete.
-  Delta export_delta(std::uint64_t since_epoch) const;
+  Epoch advance_epoch();  // closes the open epoch and opens the next; returns the one just closed (the first is 1)
 
-  // All rows; no tombstones, since a snapshot is applied to an empty table.
-  Delta export_all() const;
+  // All that changed in epochs > since, the open one included; cost follows the number of changes. std::invalid_argument
+  // if `since` is not closed (0 counts as closed), or if tombstones after it were dropped.
+  Delta export_delta(Epoch since) const;
+  Delta export_all() const;  // no tombstones, since it is applied to an empty table
+  std::size_t drop_tombstones(Epoch up_to);
 
-  // Forgets tombstones of epochs <= up_to_epoch (a closed epoch). Returns how many.
-  std::size_t drop_tombstones(std::uint64_t up_to_epoch);
+  // What, beside rows and logs, later results depend on.
+  struct Progress {
+    Epoch epoch = 1;
+    std::uint64_t updates = 0;       // calls of apply_gradients
+    std::uint64_t sweep_at = 0;      // hash at which the next sweep starts
+    std::uint64_t eviction_at = 0;
+    Seconds clock = 0;               // newest event time seen
+  };
+  Progress progress() const;
+
+  // The beginning of a restore, before the rows: std::invalid_argument unless the table is empty.
+  void begin_restore(const Progress& progress, Epoch dropped_to, const std::int64_t* tombstones,
+                     const Epoch* tombstone_epochs, std::size_t n);
 
  private:
-  struct Gradients;  // one summed gradient per distinct id
+  friend class SnapshotScan;
+  struct Item;
+  struct Newcomer;
+  struct Group;
+  using ReadFlight = Flight<Intent::kRead>;
+  using WriteFlight = Flight<Intent::kWrite>;
+
+  std::size_t shard_index(std::uint64_t hash) const noexcept {
+    return shard_bits_ == 0 ? 0 : static_cast<std::size_t>(hash >> (64 - shard_bits_));
+  }
+  Shard& shard_of(std::uint64_t hash) const noexcept { return *shards_[shard_index(hash)]; }
+  std::pair<std::uint64_t, std::uint64_t> range_of(std::size_t shard) const noexcept {  // first and last hash
+    if (shard_bits_ == 0) return {0, ~std::uint64_t{0}};
+    const std::uint64_t first = static_cast<std::uint64_t>(shard) << (64 - shard_bits_);
+    return {first, first | ~std::uint64_t{0} >> shard_bits_};
+  }
+  std::size_t float_bytes() const noexcept { return (config_.dim + state_dim_) * sizeof(float); }
+  std::size_t weight_bytes() const noexcept { return config_.dim * sizeof(float); }
 
   void check_finite(const float* values, std::size_t n, float limit, const char* what) const;
-  Gradients sum_by_id(const std::int64_t* ids, std::size_t n, const float* grads) const;
-  void reserve_rows_for(const std::int64_t* ids, std::size_t n);
-  std::uint64_t row_of(std::int64_t id) noexcept;
-  void erase_row(std::int64_t id, std::uint64_t row) noexcept;
-  void export_rows(std::uint64_t since_epoch, Delta* delta) const;
+  std::size_t read(const std::int64_t* ids, std::size_t n, float* out, Missing missing, std::size_t threads,
+                   std::uint8_t* is_absent) const;
+  std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
+                        std::uint8_t* is_absent) const;
+  bool finish_read(const ReadFlight& flight, std::size_t i, std::int64_t id, float* out) const noexcept;
+  bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
+
+  // A writing batch: collect, write the rows that are there, judge the newcomers, carry the verdicts out.
+  void collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, std::size_t threads);
+  void collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients, std::size_t threads);
+  static void add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim);
+  template <typename Write>
+  std::size_t write_rows(Group& group, const Write& write) noexcept;
+  std::size_t update_rows(Group& group, const Gradients& gradients, float lr, Seconds now) noexcept;
+  void update_fresh(const Group& group, const Item& item, const Gradients& gradients, float lr,
+                    float* floats) const noexcept;
+  Verdict admit(const Item& item, const Newcomer& newcomer) const noexcept;
+  std::size_t judge();
+  template <typename Write>
+  std::size_t carry_out(Seconds now, std::size_t threads, const Write& write);
+  template <typename Fill>
+  void insert_row(const Item& item, Newcomer& newcomer, const Fill& fill);
+  void init_floats(std::int64_t id, float* floats) const noexcept;
+  void put_row(const Rows& rows, std::size_t i, RowMeta& meta, float* floats) const noexcept;
+  void count_candidate(const Item& item, Newcomer& newcomer, Seconds now);
+  void save_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept;
+  void roll_back() noexcept;
+
+  SnapshotScan* snapshot_scan() const noexcept { return snapshot_.load(std::memory_order_relaxed); }
+  struct Erased {
+    std::size_t rows = 0;
+    std::size_t candidates = 0;
+  };
+  Erased erase_keys(const std::vector<std::int64_t>& keys);
+  template <typename Visit>  // table_walk.h
+  void for_each_in(std::uint64_t from, std::uint64_t to, const Visit& visit) const;
+  std::size_t expire_range(std::uint64_t from, std::uint64_t to, Seconds before, Seconds now);
+  void make_room();
+  void evict_neighbours();
+
+  using Entry = std::pair<std::int64_t, Handle>;
+  Delta export_entries(std::vector<Entry> entries, std::vector<std::int64_t> tombstones) const;
 
   const TableConfig config_;
   const std::size_t state_dim_;
   const std::uint64_t init_key_;  // hash(seed, slot)
+  const unsigned shard_bits_;
 
-  mutable std::shared_mutex mutex_;
-  IdMap index_;       // id -> row
-  IdMap tombstones_;  // erased id -> epoch of the erasure
-  RowStore rows_;
-  std::uint64_t epoch_ = 1;
-  std::uint64_t dropped_to_ = 0;  // tombstones up to this epoch are gone
-  TableStats counters_;
-  mutable std::atomic<std::uint64_t> looked_up_{0};
-  mutable std::atomic<std::uint64_t> missed_{0};
+  mutable std::mutex write_mutex_;
+  mutable Reclaimer reclaimer_;
+  std::vector<std::unique_ptr<Shard>> shards_;
+  std::vector<std::unique_ptr<Group>> groups_;  // scratch of the batch being written, kept for the next one
+  std::size_t active_groups_ = 1;
+  std::atomic<SnapshotScan*> snapshot_{nullptr};
+  std::uint16_t snapshots_ = 0;
+
+  std::atomic<Epoch> epoch_{1};
+  Epoch dropped_to_ = 0;  // tombstones up to this epoch are gone
+  std::uint64_t updates_ = 0;
+  std::uint64_t sweep_at_ = 0;
+  std::uint64_t eviction_at_ = 0;
+  Seconds clock_ = 0;
+
+  struct Counters {
+    std::atomic<std::uint64_t> looked_up{0}, missed{0}, inserted{0}, updated{0}, upserted{0}, erased{0}, expired{0},
+        expired_candidates{0}, evicted{0}, refused_admission{0}, refused_full{0}, refused_batches{0},
+        postponed_sweeps{0};
+  };
+  mutable Counters counters_;
 };
 
 }  // namespace freshet

@@ -9,16 +9,21 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/platform.h"
+
 namespace freshet {
 
-enum class OptimizerKind { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
+enum class OptimizerKind { kSgd, kAdagrad, kRowwiseAdagrad, kAdam, kFtrl };
 
 struct OptimizerConfig {
   OptimizerKind kind = OptimizerKind::kAdagrad;
-  float initial_accumulator = 0.0F;  // of both Adagrads
+  float initial_accumulator = 0.0F;  // of both Adagrads and of FTRL's n
   float epsilon = 1e-10F;
   float beta1 = 0.9F;  // beta1 and beta2: of Adam
   float beta2 = 0.999F;
+  float l1 = 0.0F;  // l1, l2 and beta: of FTRL
+  float l2 = 0.0F;
+  float ftrl_beta = 1.0F;
 };
 
 inline OptimizerKind parse_optimizer(const std::string& name) {
@@ -26,32 +31,39 @@ inline OptimizerKind parse_optimizer(const std::string& name) {
   if (name == "adagrad") return OptimizerKind::kAdagrad;
   if (name == "rowwise_adagrad") return OptimizerKind::kRowwiseAdagrad;
   if (name == "adam") return OptimizerKind::kAdam;
-  throw std::invalid_argument("unknown optimizer '" + name + "'; use sgd, adagrad, rowwise_adagrad or adam");
+  if (name == "ftrl") return OptimizerKind::kFtrl;
+  throw std::invalid_argument("unknown optimizer '" + name + "'; use sgd, adagrad, rowwise_adagrad, adam or ftrl");
 }
 
 // Floats of state per row. adagrad: sum of squares per weight. rowwise_adagrad: one sum of mean squares.
 // adam: first moments, second moments, step count (a float is exact to 2^24 steps and then stays there, where the
-// bias corrections have long been 1).
+// bias corrections have long been 1). ftrl: z, then n (sums of squares).
 inline std::size_t state_size(OptimizerKind kind, std::size_t dim) noexcept {
   switch (kind) {
     case OptimizerKind::kSgd: return 0;
     case OptimizerKind::kAdagrad: return dim;
     case OptimizerKind::kRowwiseAdagrad: return 1;
     case OptimizerKind::kAdam: return 2 * dim + 1;
+    case OptimizerKind::kFtrl: return 2 * dim;
   }
   return 0;
 }
 
+// Floats at the start of the state that may be negative.
+inline std::size_t signed_state(OptimizerKind kind, std::size_t dim) noexcept {
+  return kind == OptimizerKind::kAdam || kind == OptimizerKind::kFtrl ? dim : 0;
+}
+
 inline void init_state(const OptimizerConfig& config, std::size_t dim, float* state) noexcept {
-  const bool adam = config.kind == OptimizerKind::kAdam;
-  std::fill_n(state, state_size(config.kind, dim), adam ? 0.0F : config.initial_accumulator);
+  const std::size_t zeros = config.kind == OptimizerKind::kAdam ? state_size(config.kind, dim) : signed_state(config.kind, dim);
+  std::fill_n(state, state_size(config.kind, dim), config.initial_accumulator);
+  std::fill_n(state, zeros, 0.0F);
 }
 
 // True if a row of state could have come from this optimiser: finite, and non-negative where it is a sum of squares.
 inline bool state_valid(OptimizerKind kind, std::size_t dim, const float* state) noexcept {
-  const std::size_t signed_floats = kind == OptimizerKind::kAdam ? dim : 0;
   for (std::size_t j = 0; j < state_size(kind, dim); ++j) {
-    if (!std::isfinite(state[j]) || (j >= signed_floats && state[j] < 0.0F)) return false;
+    if (!std::isfinite(state[j]) || (j >= signed_state(kind, dim) && state[j] < 0.0F)) return false;
   }
   return true;
 }
@@ -65,22 +77,26 @@ inline double power(double base, std::uint64_t n) noexcept {
   return result;
 }
 
+// The loops below are inlined into functions that are compiled for several instruction sets.
+
 // w -= lr * g
-inline void sgd(std::size_t dim, float lr, const float* g, float* w) noexcept {
+FRESHET_INLINE void sgd(std::size_t dim, float lr, const float* __restrict g, float* __restrict w) noexcept {
   for (std::size_t j = 0; j < dim; ++j) w[j] -= lr * g[j];
 }
 
 // s += g^2;  w -= lr * g / (sqrt(s) + eps)
-inline void adagrad(const OptimizerConfig& c, std::size_t dim, float lr, const float* g, float* w, float* s) noexcept {
+FRESHET_INLINE void adagrad(const OptimizerConfig& c, std::size_t dim, float lr, const float* __restrict g,
+                            float* __restrict w, float* __restrict s) noexcept {
+  const float epsilon = c.epsilon;
   for (std::size_t j = 0; j < dim; ++j) {
     s[j] += g[j] * g[j];
-    w[j] -= lr * (g[j] / (std::sqrt(s[j]) + c.epsilon));
+    w[j] -= lr * (g[j] / (std::sqrt(s[j]) + epsilon));
   }
 }
 
 // s += mean(g^2);  w -= lr * g / (sqrt(s) + eps)
-inline void rowwise_adagrad(const OptimizerConfig& c, std::size_t dim, float lr, const float* g, float* w,
-                            float* s) noexcept {
+FRESHET_INLINE void rowwise_adagrad(const OptimizerConfig& c, std::size_t dim, float lr, const float* __restrict g,
+                                    float* __restrict w, float* __restrict s) noexcept {
   double sum = 0.0;
   for (std::size_t j = 0; j < dim; ++j) sum += static_cast<double>(g[j]) * g[j];
   *s += static_cast<float>(sum / static_cast<double>(dim));
@@ -90,28 +106,46 @@ inline void rowwise_adagrad(const OptimizerConfig& c, std::size_t dim, float lr,
 
 // m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w -= lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps), where t counts
 // this row's own updates: an id that was not in the batch is not moved (lazy).
-inline void adam(const OptimizerConfig& c, std::size_t dim, float lr, const float* g, float* w, float* state) noexcept {
-  float* m = state;
-  float* v = state + dim;
-  float& step = state[2 * dim];
-  step += 1.0F;
-  const auto t = static_cast<std::uint64_t>(step);
+FRESHET_INLINE void adam(const OptimizerConfig& c, std::size_t dim, float lr, const float* __restrict g,
+                         float* __restrict w, float* __restrict m, float* __restrict v, float* step) noexcept {
+  *step += 1.0F;
+  const auto t = static_cast<std::uint64_t>(*step);
   const auto correction1 = static_cast<float>(1.0 - power(c.beta1, t));
   const auto correction2 = static_cast<float>(1.0 - power(c.beta2, t));
+  const float beta1 = c.beta1, beta2 = c.beta2, epsilon = c.epsilon;
   for (std::size_t j = 0; j < dim; ++j) {
-    m[j] = c.beta1 * m[j] + (1.0F - c.beta1) * g[j];
-    v[j] = c.beta2 * v[j] + (1.0F - c.beta2) * g[j] * g[j];
-    w[j] -= lr * (m[j] / correction1) / (std::sqrt(v[j] / correction2) + c.epsilon);
+    m[j] = beta1 * m[j] + (1.0F - beta1) * g[j];
+    v[j] = beta2 * v[j] + (1.0F - beta2) * g[j] * g[j];
+    w[j] -= lr * (m[j] / correction1) / (std::sqrt(v[j] / correction2) + epsilon);
   }
 }
 
-inline void update_row(const OptimizerConfig& c, std::size_t dim, float lr, const float* g, float* w) noexcept {
-  float* state = w + dim;
+// FTRL-proximal per weight (McMahan et al., KDD 2013, algorithm 1), alpha = lr:
+//   sigma = (sqrt(n + g^2) - sqrt(n)) / lr;  z += g - sigma w;  n += g^2
+//   w = 0 if |z| <= l1, else -(z - sign(z) l1) / ((beta + sqrt(n)) / lr + l2)
+FRESHET_INLINE void ftrl(const OptimizerConfig& c, std::size_t dim, float lr, const float* __restrict g,
+                         float* __restrict w, float* __restrict z, float* __restrict n) noexcept {
+  const float l1 = c.l1, l2 = c.l2, beta = c.ftrl_beta;
+  if (!(lr > 0)) return;  // a learning rate of zero moves nothing
+  for (std::size_t j = 0; j < dim; ++j) {
+    const float sum = n[j] + g[j] * g[j];
+    const float root = std::sqrt(sum);
+    z[j] += g[j] - (root - std::sqrt(n[j])) / lr * w[j];
+    n[j] = sum;
+    const float shrunk = z[j] > 0 ? z[j] - l1 : z[j] + l1;
+    const float moved = -shrunk / ((beta + root) / lr + l2);
+    w[j] = std::fabs(z[j]) <= l1 ? 0.0F : moved;
+  }
+}
+
+FRESHET_INLINE void update_row(const OptimizerConfig& c, std::size_t dim, float lr, const float* g, float* w) noexcept {
+  float* const state = w + dim;
   switch (c.kind) {
     case OptimizerKind::kSgd: return sgd(dim, lr, g, w);
     case OptimizerKind::kAdagrad: return adagrad(c, dim, lr, g, w, state);
     case OptimizerKind::kRowwiseAdagrad: return rowwise_adagrad(c, dim, lr, g, w, state);
-    case OptimizerKind::kAdam: return adam(c, dim, lr, g, w, state);
+    case OptimizerKind::kAdam: return adam(c, dim, lr, g, w, state, state + dim, state + 2 * dim);
+    case OptimizerKind::kFtrl: return ftrl(c, dim, lr, g, w, state, state + dim);
   }
 }
 

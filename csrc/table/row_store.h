@@ -1,101 +1,151 @@
-// Rows of floats in chunked slabs, with a free list.
+// Rows of bytes in slabs: stable addresses, a free list, no allocator call per row.
 #pragma once
 
-#include <cassert>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
-#include <utility>
+#include <stdexcept>
 #include <vector>
+
+#include "bucket.h"
+#include "reclaimer.h"
 
 namespace freshet {
 
-inline void copy_floats(const float* from, std::size_t n, float* to) noexcept {
-  if (n != 0) std::memcpy(to, from, n * sizeof(float));
-}
-
-// What the table knows about a row beside its floats; kept apart so that sweeps never touch the rows.
-struct RowMeta {
-  std::int64_t key;
-  std::int64_t last_update_us;  // event time, 0 = unknown
-  std::uint64_t dirty_epoch;    // epoch of the last change; 0 = the row is free
-};
-
 // Invariants:
-//  * a row's address never changes while the store lives: growing adds a chunk and copies nothing;
-//  * every row number below `end()` is either taken (dirty_epoch != 0) or on the free list, never both;
-//  * the free list has room for every row, so `take` and `give_back` never allocate.
+//  * a row's address never changes while the store lives: growing adds a slab and copies no row;
+//  * every row number below end() is either taken or on the free list; a freed row is used again before a new one;
+//  * `reserve(n)` makes n calls of `take` safe, `reserve_back(n)` n calls of `give_back`; neither then allocates.
+// One writer; any thread may ask for the address of a row that it has the number of, under a Reclaimer::Guard.
+//
+// Rows come in groups of 16, headers first: [16 headers][16 rows]. So rows lie on cache lines, which a vector store wants,
+// and a header on the page of its row or beside it, which the address translation wants.
+//
+// The first slab has 64 rows and each next one doubles the store, until a slab has about 2 MB and all have that size:
+// tiny tables stay tiny, and the address of a row in a large one costs a shift and one load.
 class RowStore {
  public:
-  static constexpr std::size_t kChunkRows = 1024;
+  RowStore(Reclaimer* reclaimer, std::size_t header_bytes, std::size_t row_bytes)
+      : reclaimer_(reclaimer),
+        header_bytes_(header_bytes),
+        stride_(choose_stride(row_bytes)),
+        rows_at_((kGroup * header_bytes + kCacheLine - 1) / kCacheLine * kCacheLine),
+        group_bytes_(rows_at_ + kGroup * stride_),
+        shift_(choose_shift(group_bytes_ / kGroup)),
+        small_slabs_(shift_ - kFirstShift) {}
+  ~RowStore() {
+    char** const slabs = slabs_.load();
+    for (std::size_t i = 0; i < count_; ++i) std::free(slabs[i]);
+    if (slabs != nullptr) reclaimer_->arena().free(slabs, room_ * sizeof(char*));
+  }
+  RowStore(const RowStore&) = delete;
+  RowStore& operator=(const RowStore&) = delete;
 
-  explicit RowStore(std::size_t row_floats) : stride_((row_floats + 3) / 4 * 4) {}
-
-  std::uint64_t end() const noexcept { return end_; }
-  std::size_t memory_bytes() const noexcept {
-    return chunks_.size() * kChunkRows * (stride_ * sizeof(float) + sizeof(RowMeta)) +
-           free_.capacity() * sizeof(std::uint64_t);
+  char* header(Handle handle) const noexcept {
+    const Place place = place_of(handle);
+    return place.group + place.lane * header_bytes_;
+  }
+  char* row(Handle handle) const noexcept {
+    const Place place = place_of(handle);
+    return place.group + rows_at_ + place.lane * stride_;
   }
 
-  float* row(std::uint64_t r) noexcept { return chunks_[r / kChunkRows].floats.get() + offset(r); }
-  const float* row(std::uint64_t r) const noexcept { return chunks_[r / kChunkRows].floats.get() + offset(r); }
-  RowMeta& meta(std::uint64_t r) noexcept { return chunks_[r / kChunkRows].meta[r % kChunkRows]; }
-  const RowMeta& meta(std::uint64_t r) const noexcept { return chunks_[r / kChunkRows].meta[r % kChunkRows]; }
+  std::size_t bytes_per_row() const noexcept { return group_bytes_ / kGroup; }
+  std::size_t capacity() const noexcept { return capacity_shown_.load(std::memory_order_relaxed); }  // rows in slabs
 
-  // Makes `rows` calls of `take` safe. On std::bad_alloc no row has changed.
+  // std::bad_alloc, or std::length_error beyond 2^31 - 1 rows: nothing has changed.
   void reserve(std::size_t rows) {
-    while (free_.size() + (chunks_.size() * kChunkRows - end_) < rows) add_chunk();
+    reserve_back(rows);  // what was taken can be given back, when a later step fails
+    while (free_.size() + (capacity_ - end_) < rows) add_slab();
+  }
+  void reserve_back(std::size_t rows) {
+    if (free_.capacity() < free_.size() + rows) free_.reserve(2 * (free_.size() + rows));
   }
 
-  // An uninitialised row; the caller sets its floats and its meta. Needs reserve before.
-  std::uint64_t take() noexcept {
-    if (free_.empty()) {
-      assert(end_ < chunks_.size() * kChunkRows);
-      return end_++;
-    }
-    const std::uint64_t r = free_.back();
+  Handle take() noexcept {
+    if (free_.empty()) return end_++;
+    const Handle handle = free_.back();
     free_.pop_back();
-    return r;
+    return handle;
   }
-
-  void give_back(std::uint64_t r) noexcept {
-    meta(r).dirty_epoch = 0;
-    free_.push_back(r);  // never allocates: capacity covers every row
-  }
+  void give_back(Handle handle) noexcept { free_.push_back(handle); }
 
  private:
-  struct FreeFloats {
-    void operator()(float* p) const noexcept { ::operator delete[](p, std::align_val_t{64}); }
-  };
-  struct Chunk {
-    std::unique_ptr<float[], FreeFloats> floats;
-    std::unique_ptr<RowMeta[]> meta;
-  };
+  static constexpr std::size_t kGroup = 16;
+  static constexpr unsigned kFirstShift = 6;
+  static constexpr Handle kFirstRows = Handle{1} << kFirstShift;
 
-  std::size_t offset(std::uint64_t r) const noexcept { return r % kChunkRows * stride_; }
-
-  void add_chunk() {
-    const std::size_t bytes = kChunkRows * stride_ * sizeof(float);
-    Chunk chunk;
-    chunk.floats.reset(static_cast<float*>(::operator new[](bytes, std::align_val_t{64})));
-    chunk.meta.reset(new RowMeta[kChunkRows]);
-    grow(free_, (chunks_.size() + 1) * kChunkRows);
-    grow(chunks_, chunks_.size() + 1);
-    chunks_.push_back(std::move(chunk));
+  struct Place {
+    char* group;
+    std::size_t lane;
+  };
+  Place place_of(Handle handle) const noexcept {
+    char* const* const slabs = slabs_.load(std::memory_order_acquire);
+    if ((handle >> shift_) != 0) {
+      const std::size_t i = handle & ((Handle{1} << shift_) - 1);
+      return {slabs[small_slabs_ + (handle >> shift_)] + i / kGroup * group_bytes_, i % kGroup};
+    }
+    const unsigned level = handle < kFirstRows ? 0 : 32 - kFirstShift - static_cast<unsigned>(__builtin_clz(handle));
+    const std::size_t i = level == 0 ? handle : handle - (kFirstRows << (level - 1));
+    return {slabs[level] + i / kGroup * group_bytes_, i % kGroup};
   }
 
-  // reserve() alone would grow by one each time and so copy quadratically often.
-  template <typename T>
-  static void grow(std::vector<T>& v, std::size_t capacity) {
-    if (capacity > v.capacity()) v.reserve(capacity < 2 * v.capacity() ? 2 * v.capacity() : capacity);
+  // Whole cache lines, unless that wastes more than an eighth.
+  static std::size_t choose_stride(std::size_t row_bytes) noexcept {
+    const std::size_t lines = (row_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+    return lines - row_bytes <= row_bytes / 8 ? lines : (row_bytes + 3) / 4 * 4;
+  }
+  static unsigned choose_shift(std::size_t bytes_per_row) noexcept {
+    unsigned shift = kFirstShift;
+    while (shift < 16 && (bytes_per_row << shift) < kHugePage) ++shift;
+    return shift;
   }
 
-  std::size_t stride_;
-  std::uint64_t end_ = 0;
-  std::vector<Chunk> chunks_;
-  std::vector<std::uint64_t> free_;
+  void add_slab() {
+    const std::size_t rows = rows_in(count_);
+    if (capacity_ + rows > kCandidateBit) throw std::length_error("a shard of the table cannot have more than 2^31 rows");
+    grow_directory();
+    const std::size_t bytes = rows / kGroup * group_bytes_;
+    void* const slab = allocate_aligned(bytes, bytes >= kHugePage ? kHugePage : kCacheLine);
+    slabs_.load(std::memory_order_relaxed)[count_++] = static_cast<char*>(slab);  // no reader has its rows' numbers yet
+    capacity_ += rows;
+    capacity_shown_.store(capacity_, std::memory_order_relaxed);
+  }
+
+  void grow_directory() {
+    if (count_ < room_) return;
+    const std::size_t room = room_ == 0 ? 8 : 2 * room_;
+    reclaimer_->reserve(1);
+    auto** const grown = static_cast<char**>(reclaimer_->arena().allocate(room * sizeof(char*)));
+    char** const old = slabs_.load(std::memory_order_relaxed);
+    if (count_ != 0) std::memcpy(grown, old, count_ * sizeof(char*));
+    slabs_.store(grown, std::memory_order_release);
+    if (old != nullptr) reclaimer_->retire(old, room_ * sizeof(char*));
+    room_ = room;
+  }
+
+  std::size_t rows_in(std::size_t slab) const noexcept {
+    if (slab > small_slabs_) return std::size_t{1} << shift_;
+    return std::size_t{kFirstRows} << (slab == 0 ? 0 : slab - 1);
+  }
+
+  Reclaimer* const reclaimer_;
+  const std::size_t header_bytes_;
+  const std::size_t stride_;
+  const std::size_t rows_at_;  // in a group
+  const std::size_t group_bytes_;
+  const unsigned shift_;             // a full slab has 2^shift_ rows
+  const std::size_t small_slabs_;    // slab number of the first row whose number is 2^shift_, less one
+  std::atomic<char**> slabs_{nullptr};
+  std::size_t count_ = 0;
+  std::size_t room_ = 0;  // of slabs_
+  std::size_t capacity_ = 0;
+  Handle end_ = 0;
+  std::vector<Handle> free_;
+  std::atomic<std::size_t> capacity_shown_{0};  // capacity_, for other threads
 };
 
 }  // namespace freshet

@@ -48,7 +48,7 @@ SMALL: dict[str, Any] = {
     "dim": 16, "layers": 2, "attention_heads": 1, "head_dim": 16, "window": 64, "positions": 0, "time_bias": False,
     "hour_of_day": False, "slots": "category", "dropout": 0.0, "input_dropout": 0.0, "init_scale": 0.2, "epochs": 12,
     "batch_tokens": 256, "continual_batch_tokens": 256, "dense_lr": 0.01, "table_lr": 0.3, "table_accumulator": 0.1,
-    "clip_norm": 10.0, "normaliser": 8.0,
+    "clip_norm": 2.0, "normaliser": 8.0,
 }  # fmt: skip
 RANKER = RankerConfig(**SMALL, heads="click,like", bias_slots="item,user")
 RETRIEVER = RetrieverConfig(**SMALL)

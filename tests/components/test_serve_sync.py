@@ -18,6 +18,7 @@ from components.serve import loaded
 from components.serve.config import ServeConfig
 from components.serve.server import Server
 from components.storage import Storage
+from model.serving_table import PRECISIONS, served_weights
 from model.trainer import Trainer
 from tests.components.serving import (
     ITEM_IDS,
@@ -33,12 +34,12 @@ from tests.components.serving import (
 
 def assert_equal_to_the_bit(served: Any, trained: Any) -> None:
     for slot, table in trained.tables().items():
-        ours, theirs = served.tables()[slot].export_all(), table.export_all()
-        assert len(theirs.keys) > 0
-        np.testing.assert_array_equal(ours.keys, theirs.keys)
-        assert ours.weights.tobytes() == theirs.weights.tobytes()
+        ours, theirs = served.tables[slot], table.export_all()
+        assert len(ours) == len(theirs.keys) > 0
+        expected = served_weights(theirs.weights, ours.precision)
+        assert ours.lookup(theirs.keys, missing="zeros").numpy().tobytes() == expected.numpy().tobytes()
     for name, value in trained.state_dict().items():
-        assert served.state_dict()[name].numpy().tobytes() == value.numpy().tobytes()
+        assert served.model.state_dict()[name].numpy().tobytes() == value.numpy().tobytes()
 
 
 def damage(storage: Storage, n: int, version: int = 1) -> tuple[str, bytes]:
@@ -49,8 +50,11 @@ def damage(storage: Storage, n: int, version: int = 1) -> tuple[str, bytes]:
     return path, content
 
 
-def test_after_a_sync_the_parameters_equal_the_trainers_bit_for_bit(toy_root: Path) -> None:
-    with Live(toy_root) as live:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_after_a_sync_the_parameters_are_the_trainers_in_the_declared_precision_to_the_bit(
+    toy_root: Path, precision: str
+) -> None:
+    with Live(toy_root, table_precision=precision) as live:
         live.events(**clicks(500, items_of(2)[:5], request_id=1))
         before = {item["item_id"]: item["score"] for item in live.rank(500, ITEM_IDS)["items"]}
         age = live.status()["tracks"]["champion"]["ranker"]["served_event_age_s"]
@@ -59,7 +63,7 @@ def test_after_a_sync_the_parameters_equal_the_trainers_bit_for_bit(toy_root: Pa
                 trained = train_delta(live.storage, name)
                 live.wait_for_delta(n, name)
                 with live.server.engine._loaded[name, 1].reading() as served:
-                    assert_equal_to_the_bit(served.model, trained)
+                    assert_equal_to_the_bit(served, trained)
         answer = live.rank(500, ITEM_IDS)
         assert answer["delta"] == 2
         assert {item["item_id"]: item["score"] for item in answer["items"]} != before
@@ -146,7 +150,7 @@ def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_i
         assert live.metric('freshet_resyncs_total{model="ranker"}') == 1
         assert live.metric('freshet_parameter_log_corrupt{model="ranker",version="1"}') == 0
         with live.server.engine._loaded["ranker", 1].reading() as served:
-            assert_equal_to_the_bit(served.model, trained)
+            assert_equal_to_the_bit(served, trained)
 
 
 def test_a_snapshot_beyond_the_damage_heals_the_server(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

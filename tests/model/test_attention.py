@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 
 from components.errors import BadInput
 from model.attention import Bias, Visibility, attention, causal, time_bucket
+from tests.model.attention_cases import random_case
 from tests.model.golden import assert_near, load
 
 GOLDEN = ["attention_causal", "attention_candidates", "attention_candidates_window", "attention_context_prefix"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)]
+)
 @pytest.mark.parametrize("name", GOLDEN)
-def test_output_and_gradients_equal_the_published_code(name: str, dtype: torch.dtype) -> None:
+def test_output_and_gradients_equal_the_published_code(name: str, kernel: str, dtype: torch.dtype) -> None:
     data = load(name)
     q, k, v = (torch.from_numpy(data[key]).to(dtype).requires_grad_() for key in "qkv")
     targets = torch.from_numpy(data["num_targets"]).long() if data["num_targets"].size else None
@@ -26,7 +29,8 @@ def test_output_and_gradients_equal_the_published_code(name: str, dtype: torch.d
         max_attn_len=int(data["max_attn_len"]),
         contextual_len=int(data["contextual_len"]),
     )
-    y = attention(q, k, v, seen, alpha=float(data["alpha"]), normaliser=float(data["normaliser"]))
+    alpha, normaliser = float(data["alpha"]), float(data["normaliser"])
+    y = attention(q, k, v, seen, alpha=alpha, normaliser=normaliser, kernel=kernel)
     y.backward(torch.from_numpy(data["grad_y"]).to(dtype))
     assert_near(y, data["y"], "y")
     for leaf, key in ((q, "grad_q"), (k, "grad_k"), (v, "grad_v")):
@@ -34,37 +38,56 @@ def test_output_and_gradients_equal_the_published_code(name: str, dtype: torch.d
         assert_near(leaf.grad, data[key], key)
 
 
-def naive(q, k, v, seen, alpha, normaliser, bias):  # type: ignore[no-untyped-def]
+def naive(q, k, v, seen, alpha, normaliser, bias, softmax=False):  # type: ignore[no-untyped-def]
     """The definition, one row at a time."""
-    out = torch.zeros(v.shape, dtype=v.dtype)
+    out = torch.zeros(len(q), *v.shape[1:], dtype=v.dtype)
     for s in range(len(seen.offsets) - 1):
-        first, last = int(seen.offsets[s]), int(seen.offsets[s + 1])
-        for i in range(first, last):
-            begin, end = int(seen.begin[i]), int(seen.end[i])
-            for j in sorted({*range(first + begin, first + end), i}):
-                distance = 0 if i == j else end - (j - first)
-                gap = torch.zeros((), dtype=torch.int64) if i == j else bias.query_time[i] - bias.key_time[j]
-                place = min(max(distance, 0), len(bias.position_weights) - 1)
-                add = bias.position_weights[place] + bias.time_weights[time_bucket(gap)]
-                score = alpha * (q[i] * k[j]).sum(-1) + add
-                out[i] += torch.nn.functional.silu(score)[:, None] * v[j] / normaliser
+        first, keys = int(seen.offsets[s]), int(seen.offsets[s + 1] - seen.offsets[s])
+        rows = range(int(seen.first_row[s]), int(seen.first_row[s + 1]))
+        for i in rows:
+            begin, end, own = int(seen.begin[i]), int(seen.end[i]), keys - len(rows) + i - rows[0]
+            front = 0 if seen.prefix is None else int(seen.prefix[i])
+            scores, values = [], []
+            for j in sorted({*range(front), *range(begin, end), own}):
+                distance = 0 if own == j else max(end - j, 0)
+                self_gap = torch.tensor(0) if bias.self_gap is None else bias.self_gap[i]
+                gap = self_gap if own == j else bias.query_time[i] - bias.key_time[first + j]
+                add = bias.position_weights[min(distance, len(bias.position_weights) - 1)]
+                scores.append(alpha * (q[i] * k[first + j]).sum(-1) + add + bias.time_weights[time_bucket(gap)])
+                values.append(v[first + j])
+            score = torch.stack(scores)
+            weight = score.softmax(0) if softmax else torch.nn.functional.silu(score) / normaliser
+            out[i] = (weight[..., None] * torch.stack(values)).sum(0)
     return out
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 6), st.integers(0, 10_000))
-def test_jagged_attention_equals_its_definition_for_any_intervals(lengths: list[int], window: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    total = sum(lengths)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    limit = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths))
-    end = (torch.rand(total) * (limit + 1)).long()
-    seen = Visibility(offsets, (end - window).clamp(min=0), end)
-    q, k, v = torch.randn(3, total, 2, 4, dtype=torch.float64)
-    times = torch.randint(0, 10**6, (total,))
-    bias = Bias(torch.randn(5, dtype=torch.float64), torch.randn(129, dtype=torch.float64), times, times.flip(0))
-    got = attention(q, k, v, seen, alpha=0.5, normaliser=7, bias=bias)
-    assert torch.allclose(got, naive(q, k, v, seen, 0.5, 7, bias), atol=1e-12)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 9), st.booleans(), st.booleans(),
+    st.integers(0, 10_000),
+)  # fmt: skip
+def test_jagged_attention_equals_its_definition_for_any_intervals(
+    lengths: list[int], rows: int, prefix: bool, softmax: bool, seed: int
+) -> None:
+    case = random_case(lengths, [rows] * len(lengths), 2, 4, 3, seed=seed, prefix=prefix, positions=5)
+    bias = Bias(case.position, case.time, case.query_time, case.key_time, case.self_gap)
+    got = attention(case.q, case.k, case.v, case.seen, alpha=0.5, normaliser=7, bias=bias, softmax=softmax)
+    assert torch.allclose(got, naive(case.q, case.k, case.v, case.seen, 0.5, 7, bias, softmax), atol=1e-12)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_gradient_of_the_reference_is_its_slope(softmax: bool) -> None:
+    case = random_case([3, 0, 4], [2, 0, 4], 1, 2, 2, seed=7, prefix=True, positions=4)
+
+    def run(*values: torch.Tensor) -> torch.Tensor:
+        bias = Bias(values[3], values[4], case.query_time, case.key_time)
+        return attention(
+            values[0], values[1], values[2], case.seen, alpha=0.5, normaliser=2, bias=bias, softmax=softmax
+        )
+
+    assert case.position is not None and case.time is not None
+    leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.position, case.time)]
+    assert torch.autograd.gradcheck(run, leaves)
 
 
 def test_a_long_sequence_cut_into_row_blocks_equals_its_definition() -> None:
@@ -113,11 +136,73 @@ def test_intervals_that_leave_the_sequence_are_refused(begin: list[int], end: li
         attention(q, q, q, seen, alpha=1.0, normaliser=1.0)
 
 
-def test_a_prefix_with_a_window_is_refused() -> None:
-    with pytest.raises(BadInput, match="contextual"):
-        causal(torch.tensor([5]), max_attn_len=2, contextual_len=1)
+def published_mask(length: int, targets: int, window: int, context: int) -> torch.Tensor:
+    """(n, n) bool, as the published code builds it: positions of the prefix count as one, those of targets too."""
+    ids = (torch.arange(length) - max(context - 1, 0)).clamp(min=0)
+    top = length - targets - max(context - 1, 0)
+    if targets:
+        ids = ids.clamp(max=top)
+    gap = ids[:, None] - ids[None]
+    mask = (gap > 0) & (gap <= window) if window else gap > 0
+    if context:
+        mask |= (ids[:, None] == 0) & (ids[None] < top)
+    return mask | torch.eye(length, dtype=torch.bool)
 
 
-def test_an_empty_batch_gives_an_empty_result() -> None:
-    q = torch.ones(0, 1, 4)
-    assert attention(q, q, q, causal(torch.tensor([], dtype=torch.int64)), alpha=1.0, normaliser=1.0).shape == (0, 1, 4)
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 12), st.integers(0, 4), st.integers(0, 6), st.integers(0, 4))
+def test_causal_is_the_published_mask(history: int, targets: int, window: int, context: int) -> None:
+    context = min(context, history)
+    length = history + targets
+    seen = causal(
+        torch.tensor([length]), num_targets=torch.tensor([targets]), max_attn_len=window, contextual_len=context
+    )
+    position = torch.arange(length)
+    got = (position >= seen.begin[:, None]) & (position < seen.end[:, None]) | torch.eye(length, dtype=torch.bool)
+    assert torch.equal(got, published_mask(length, targets, window, context))
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefix", "message"),
+    [([0, 3], None, "as many keys"), ([0, 1], [3], "prefix"), ([0, 2], None, "cover"), ([0, 1], [0, 0], "one value")],
+)
+def test_rows_and_prefixes_that_do_not_fit_are_refused(rows: list[int], prefix: list[int] | None, message: str) -> None:
+    q, k = torch.ones(1, 1, 1), torch.ones(2, 1, 1)
+    front = None if prefix is None else torch.tensor(prefix)
+    seen = Visibility(torch.tensor([0, 2]), torch.tensor([0]), torch.tensor([1]), torch.tensor(rows), front)
+    with pytest.raises(BadInput, match=message):
+        attention(q, k, k, seen, alpha=1.0, normaliser=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_weights": None, "time_weights": None}, "without weights"),
+        ({"time_weights": torch.ones(128)}, "129"),
+        ({"position_weights": torch.ones(0)}, "P > 0"),
+        ({"key_time": torch.zeros(3).long()}, "bias times"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused(change: dict, message: str) -> None:
+    q = torch.ones(2, 1, 1)
+    times = torch.zeros(2).long()
+    fields = {"position_weights": torch.ones(2), "time_weights": torch.ones(129), "query_time": times} | change
+    with pytest.raises(BadInput, match=message):
+        attention(
+            q, q, q, causal(torch.tensor([2])), alpha=1.0, normaliser=1.0, bias=Bias(**({"key_time": times} | fields))
+        )
+
+
+def test_last_rows_asks_for_counts_that_exist() -> None:
+    with pytest.raises(BadInput, match="count"):
+        causal(torch.tensor([2])).last_rows(torch.tensor([3]))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_an_empty_batch_gives_an_empty_result_and_trains(kernel: str) -> None:
+    q = torch.ones(0, 1, 4, requires_grad=True)
+    seen = causal(torch.tensor([], dtype=torch.int64))
+    y = attention(q, q, q, seen, alpha=1.0, normaliser=1.0, kernel=kernel)
+    y.sum().backward()
+    assert y.shape == (0, 1, 4)
+    assert q.grad is not None

@@ -38,7 +38,7 @@ def test_a_layer_and_all_its_gradients_equal_the_published_code(name: str, dtype
     length = int(data["max_length"])
     config = HstuConfig(
         dim=data["x"].shape[1], layers=1, heads=int(data["num_heads"]), dqk=int(data["dqk"]), dv=int(data["dv"]),
-        normaliser=length, positions=length, dropout=0.0, concat_ua=bool(data["concat_ua"]),
+        normaliser=length, positions=length, dropout=0.0, gate="concat" if data["concat_ua"] else "product",
     )  # fmt: skip
     layer = HstuLayer(config).to(dtype)
     set_weights(layer, *(data[key] for key in ("w_uvqk", "w_out", "b_out", "w_time", "w_pos")))
@@ -90,10 +90,29 @@ def test_the_production_flavour_trains_every_parameter() -> None:
     torch.manual_seed(0)
     config = HstuConfig(
         dim=8, layers=2, heads=2, dqk=4, dv=4, silu_all=False, scale_scores=True, affine_norm=True, uvqk_bias=True,
-        concat_ua=True, dropout=0.0,
+        gate="concat_raw", dropout=0.0, out_bias=False,
     )  # fmt: skip
     stack = Hstu(config)
     times = torch.arange(9) * 60
     stack(torch.randn(9, 8), causal(torch.tensor([4, 5])), times, times).square().sum().backward()
     for name, parameter in stack.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_last_rows_alone_are_those_of_the_whole_and_so_are_the_gradients(layers: int) -> None:
+    torch.manual_seed(0)
+    stack = Hstu(HstuConfig(dim=6, layers=layers, heads=2, dqk=3, dv=5, positions=4, dropout=0.0)).double()
+    lengths, counts = torch.tensor([4, 0, 7, 2]), torch.tensor([1, 0, 3, 2])
+    seen, times = causal(lengths, num_targets=counts), torch.arange(13) * 50
+    keep = torch.tensor([3, 8, 9, 10, 11, 12])
+    results = []
+    for last in (None, counts):
+        x = torch.linspace(-1, 1, 13 * 6, dtype=torch.float64).view(13, 6).sin().requires_grad_()
+        stack.zero_grad()
+        y = stack(x, seen, times, times, last=last)
+        y = y[keep] if last is None else y
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in stack.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)

@@ -146,3 +146,20 @@ def test_side_features_come_from_the_catalogue_and_unknown_items_have_none() -> 
     assert known.item_id.tolist() == [-9, 3, 5]
     assert known.features(np.array([5, 4, -9])).tolist() == [[15, 25, 10], [0, 0, 0], [1, 11, 0]]
     assert ItemCatalogue.empty().features(np.array([1, 2])).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(users, st.data())
+def test_it_is_known_whether_all_targets_are_at_the_end(counts: list[int], data: st.DataObject) -> None:
+    events = [user(i, n, 3, new_from=data.draw(st.integers(0, n))) for i, n in enumerate(counts)]
+    ask = [Queries.candidates(np.arange(data.draw(st.integers(0, 3))), START, 0) for _ in events]
+    asked = build(events, queries=ask).targets_at_end()
+    assert asked is not None and asked.tolist() == [len(q.item_id) for q in ask]
+    tokens = build(events)
+    ends = tokens.targets_at_end()
+    owner = torch.arange(len(events)).repeat_interleave(tokens.seen.offsets.diff())[tokens.targets]
+    found = [tokens.targets[owner == i].tolist() for i in range(len(events))]
+    last = [
+        list(range(stop - len(rows), stop)) for rows, stop in zip(found, tokens.seen.offsets[1:].tolist(), strict=True)
+    ]
+    assert (ends is not None) == (found == last)

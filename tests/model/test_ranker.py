@@ -102,8 +102,10 @@ def test_scoring_inserts_no_row_and_is_repeatable(ranker: Ranker) -> None:
 def test_candidates_in_several_blocks_score_as_in_one(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     history, ids = user(4, 10, 4), np.arange(1, 31)
     whole = ranker.score(history, ids, NOW)
-    monkeypatch.setattr("model.ranker.CANDIDATE_BLOCK", 7)
+    monkeypatch.setattr("model.falcon.MICROBATCH", 7)
     np.testing.assert_allclose(ranker.score(history, ids, NOW), whole, atol=1e-6)
+    monkeypatch.setattr("model.ranker.CANDIDATE_BLOCK", 7)
+    np.testing.assert_allclose(ranker.score_plain(history, ids, NOW), whole, atol=1e-6)
 
 
 def test_no_candidates_are_refused(ranker: Ranker) -> None:

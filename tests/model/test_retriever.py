@@ -8,6 +8,7 @@ import torch
 
 from components.errors import BadInput
 from model.dataset import SequenceDataset
+from model.inputs import ACTION, AUX, IMPRESSION, REQUEST
 from model.retriever import Retriever, RetrieverConfig
 from model.trainer import Trainer
 from tests.model.make import START, catalogue, table, user
@@ -104,3 +105,27 @@ def test_equal_scores_are_ordered_by_id() -> None:
     model.tables()["item_output"].upsert(np.arange(1, 41), rows.numpy())
     ids, _ = model.retrieve(user(1, 5), NOW, k=10)
     assert ids.tolist() == list(range(1, 11))
+
+
+@pytest.mark.parametrize("variant", ["research", "production"])
+def test_only_positives_are_targets_and_what_is_no_item_never_is(variant: str) -> None:
+    model = make(variant=variant, use_aux=True)
+    people = [user(i, 20, 4, new_from=5) for i in range(4)]
+    rows = model.examples(SequenceDataset(table(people)))
+    tokens = model.tokens(rows.users(range(len(rows))))
+    clicked = [u.item_id[5:][(u.actions[5:] & model.positive) > 0] for u in people]
+    assert sorted(tokens.labels.tolist()) == sorted(np.concatenate(clicked).tolist())
+    assert bool((tokens.kind[tokens.targets] == REQUEST).all()) and bool((tokens.item[tokens.targets] == 0).all())
+    assert {AUX, ACTION, IMPRESSION, REQUEST} <= set(tokens.kind.tolist())
+    assert 0 not in model.items, "a token without an item has id 0; the softmax runs over items alone"
+
+
+def test_unshown_moments_do_not_move_the_loss() -> None:
+    """A negative impression after the last positive changes the catalogue's loss in no way."""
+    model = make(dropout=0, input_dropout=0)
+    events = user(1, 20, 4)
+    last = int(np.flatnonzero((events.actions & model.positive) > 0)[-1]) + 1
+    assert last < 20
+    loss, count = model.loss(model.tokens([events]))
+    shorter, same = model.loss(model.tokens([events.take(np.arange(last), 0)]))
+    assert count == same and loss.item() == pytest.approx(shorter.item(), abs=1e-5)

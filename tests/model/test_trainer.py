@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load, save
 
 from components.errors import BadInput, FreshetError
 from components.schemas import action_bit
+from model.attention import attention
 from model.dataset import SequenceDataset
 from model.inputs import UserEvents
 from model.ranker import Ranker, RankerConfig
@@ -74,20 +76,88 @@ def test_training_twice_gives_the_same_bits(make: Make, continual: bool) -> None
     assert same(*states)
 
 
+SHORT = {"max_interactions": 9, "stochastic_alpha": 1.4}
+
+
 @pytest.mark.parametrize("make", [ranker, retriever])
-def test_stopping_anywhere_and_resuming_gives_the_same_bits(make: Make) -> None:
-    whole = Trainer(make())
+@pytest.mark.parametrize(
+    "settings",
+    [{}, SHORT, {"variant": "production", "generative_sampling": True, "epochs": 6}, {"precision": "bfloat16"}],
+    ids=["default", "stochastic length", "generative sampling", "bfloat16"],
+)
+def test_stopping_anywhere_and_resuming_gives_the_same_bits(make: Make, settings: dict[str, object]) -> None:
+    whole = Trainer(make(**settings))
     saved: dict[str, torch.Tensor] = {}
 
     def save_third(step: Step) -> None:
         if step.done == 3:
+            assert step.done < step.total
             saved.update(load(save(whole.export_state())))  # through bytes: plain tensors, nothing pickled
 
     whole.fit(liking(), on_step=save_third)
-    resumed = Trainer(make())
+    resumed = Trainer(make(**settings))
     resumed.load_state(saved)
     resumed.fit(liking(), start=3)
     assert same(whole.export_state(), resumed.export_state())
+
+
+def test_stochastic_length_reads_fewer_tokens_and_other_ones_in_each_epoch() -> None:
+    read: dict[bool, list[int]] = {True: [], False: []}
+    data = SequenceDataset(table([user(i, 40, 1) for i in range(20)]))
+    for short in (False, True):
+        settings = {"max_interactions": 40, "stochastic_alpha": 1.2} if short else {}
+        Trainer(ranker(**settings, epochs=3)).fit(data, on_step=lambda s, k=short: read[k].append(s.tokens))  # type: ignore[misc]
+    assert sum(read[True]) < 0.5 * sum(read[False])
+    assert max(read[True]) > 100, "batches are filled with what is left, up to the token budget"
+
+
+def test_a_continual_pass_learns_every_new_interaction_whatever_the_stochastic_length() -> None:
+    window = SequenceDataset(table([user(i, 30, 2, new_from=i) for i in range(30)]))
+    read: list[int] = []
+    trainer = Trainer(ranker(**SHORT))
+    result = trainer.fit(window, continual=True, on_step=lambda step: read.append(step.tokens))
+    assert result["targets"] == window.targets() and sum(read) < 0.9 * int(window.tokens().sum())
+
+
+def test_a_step_tells_its_speed() -> None:
+    steps: list[Step] = []
+    trainer = Trainer(ranker())
+    trainer.fit(liking(10), on_step=steps.append)
+    read = len(trainer.model.tokens(liking(10).users(range(10))))
+    assert sum(step.tokens for step in steps if step.epoch == 0) == read
+    assert all(step.tokens_per_second == pytest.approx(step.tokens / step.seconds) for step in steps)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_mixed_precision_is_for_training_alone_and_where_the_hardware_has_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.precision.has_bfloat16", lambda device: has)
+    seen: list[torch.dtype] = []
+
+    def watched(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.append(q.dtype)
+        return attention(q, *rest, **options)
+
+    monkeypatch.setattr("model.hstu.attention", watched)
+    model = ranker(precision="bfloat16", dropout=0.0, input_dropout=0.0)
+    trainer = Trainer(model)
+    trainer.fit(liking(20), epochs=1)
+    assert set(seen) == {torch.bfloat16 if has else torch.float32}
+    seen.clear()
+    trainer.evaluate(liking(20))
+    assert set(seen) == {torch.float32}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.parameters.values())
+
+
+def test_mixed_precision_learns_what_float32_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.precision.has_bfloat16", lambda device: True)
+    results = []
+    for precision in ("float32", "bfloat16"):
+        trainer = Trainer(ranker(precision=precision, epochs=8, dense_lr=0.01))
+        trainer.fit(liking())
+        results.append(trainer.evaluate(liking(80))["click/ne"])
+    assert results[0] != results[1] and results[1] == pytest.approx(results[0], abs=0.05)
 
 
 def test_continual_training_goes_on_from_a_restored_state() -> None:

@@ -1,0 +1,9 @@
+// The kernels for any CPU.
+#include "isa_portable.h"
+
+#include "kernel.h"
+#include "layer_kernel.h"
+
+namespace freshet::attention {
+const Kernels kPortableKernels = {"portable", scratch_floats, forward_task, backward_task, &kLayerKernels};
+}  // namespace freshet::attention

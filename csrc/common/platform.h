@@ -1,0 +1,89 @@
+// What depends on the compiler or the CPU: runtime dispatch, prefetching, and copies that may race.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#define FRESHET_TSAN 1
+#else
+#define FRESHET_TSAN 0
+#endif
+
+// Compiles the function for AVX-512, AVX2 and the base architecture; the loader picks by CPU. All results are equal to
+// the bit: nothing is built with floating-point contraction. Sanitizers run before the loader's pick, so not there.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define FRESHET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FRESHET_CLONES
+#endif
+
+// For the body of a loop that runs inside a FRESHET_CLONES function: it takes on the caller's instructions.
+#define FRESHET_INLINE inline __attribute__((always_inline))
+
+namespace freshet {
+
+inline constexpr std::size_t kCacheLine = 64;
+
+// Always inlined: GCC takes a function that only prefetches for one without effect, and drops calls of it.
+FRESHET_INLINE void prefetch_read(const void* p) noexcept { __builtin_prefetch(p, 0, 3); }
+FRESHET_INLINE void prefetch_write(const void* p) noexcept { __builtin_prefetch(p, 1, 3); }
+
+FRESHET_INLINE void prefetch_lines(const void* p, std::size_t bytes) noexcept {
+  for (std::size_t at = 0; at < bytes; at += kCacheLine) prefetch_read(static_cast<const char*>(p) + at);
+}
+
+FRESHET_INLINE void prefetch_lines_for_write(const void* p, std::size_t bytes) noexcept {
+  for (std::size_t at = 0; at < bytes; at += kCacheLine) prefetch_write(static_cast<const char*>(p) + at);
+}
+
+// Copies whole rows: vectors of the caller's width, then words. bytes must be a multiple of 4.
+FRESHET_INLINE void copy_words(const void* from, std::size_t bytes, void* to) noexcept {
+  typedef std::uint32_t Vector __attribute__((vector_size(64), aligned(4), may_alias));
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  std::size_t at = 0;
+  for (; at + sizeof(Vector) <= bytes; at += sizeof(Vector)) {
+    *reinterpret_cast<Vector*>(target + at) = *reinterpret_cast<const Vector*>(source + at);
+  }
+  for (; at < bytes; at += 4) std::memcpy(target + at, source + at, 4);
+}
+
+// Copies a row that a writer may be changing; the caller validates the copy afterwards (sequence lock) and throws a torn
+// one away. Rows are multiples of 4 bytes. ThreadSanitizer sees atomic words; the release build copies in vectors.
+FRESHET_INLINE void copy_racy(const void* from, std::size_t bytes, void* to) noexcept {
+#if FRESHET_TSAN
+  for (std::size_t at = 0; at < bytes; at += 4) {
+    const std::uint32_t word =
+        __atomic_load_n(reinterpret_cast<const std::uint32_t*>(static_cast<const char*>(from) + at), __ATOMIC_RELAXED);
+    std::memcpy(static_cast<char*>(to) + at, &word, 4);
+  }
+#else
+  copy_words(from, bytes, to);
+#endif
+}
+
+// Lets f(row) change a row that readers may be copying.
+template <typename F>
+FRESHET_INLINE void change_racy(void* row, std::size_t bytes, const F& f) {
+#if FRESHET_TSAN
+  static thread_local std::vector<char> memory;
+  memory.resize(bytes);
+  char* const scratch = memory.data();
+  std::memcpy(scratch, row, bytes);
+  f(static_cast<void*>(scratch));
+  for (std::size_t at = 0; at < bytes; at += 4) {
+    std::uint32_t word;
+    std::memcpy(&word, scratch + at, 4);
+    __atomic_store_n(reinterpret_cast<std::uint32_t*>(static_cast<char*>(row) + at), word, __ATOMIC_RELAXED);
+  }
+#else
+  (void)bytes;
+  f(row);
+#endif
+}
+
+}  // namespace freshet

@@ -1,0 +1,47 @@
+// The scratch of one batch that is being written: its distinct ids, split among threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "bucket.h"
+#include "embedding_table.h"
+#include "snapshot_scan.h"
+
+namespace freshet {
+
+inline constexpr std::uint32_t kNoSum = 0xffffffffU;
+
+struct EmbeddingTable::Item {
+  std::int64_t id;
+  std::uint32_t position;     // in the batch: first occurrence (of upsert: the last)
+  std::uint32_t occurrences;
+  std::uint32_t sum;          // row of Group::sums, or kNoSum: the gradient at `position` is the whole sum
+};
+
+// An item without a row.
+struct EmbeddingTable::Newcomer {
+  std::uint32_t item;
+  Verdict verdict;
+  bool done;                  // carried out: what a rollback has to undo
+  bool was_candidate;
+  std::uint32_t word;         // of the candidate that it was
+};
+
+// The ids of shards s with s % groups == this group's number. Groups are independent of each other.
+struct EmbeddingTable::Group {
+  std::vector<Item> items;            // in order of first occurrence
+  std::vector<float> sums;            // [*, dim]
+  std::vector<std::uint32_t> places;  // open addressing: 1 + index of an item, 0 = empty
+  std::vector<std::uint32_t> items_of_shard;
+  std::vector<Newcomer> newcomers;    // found while the rows of the others were written
+
+  void clear(std::size_t ids, std::size_t shards);
+  Item& item_of(std::int64_t id, std::uint64_t hash);  // added with occurrences 0 if it is new
+
+ private:
+  void grow();
+};
+
+}  // namespace freshet

@@ -1,0 +1,169 @@
+// What a writing batch consists of: its distinct ids, and what becomes of those that have no row.
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "../common/parallel.h"
+#include "batch.h"
+
+namespace freshet {
+namespace {
+
+constexpr std::size_t kWorthThreads = 2048;  // ids below which a batch is not split
+constexpr double kTwoTo53 = 9007199254740992.0;
+
+}  // namespace
+
+void EmbeddingTable::Group::clear(std::size_t ids, std::size_t shards) {
+  items.clear();
+  items.reserve(ids);
+  sums.clear();
+  newcomers.clear();
+  std::size_t room = 64;
+  while (room < ids + ids / 2) room *= 2;
+  places.assign(room, 0);
+  items_of_shard.assign(shards, 0);
+}
+
+EmbeddingTable::Item& EmbeddingTable::Group::item_of(std::int64_t id, std::uint64_t hash) {
+  if (items.size() * 4 >= places.size() * 3) grow();
+  const std::size_t mask = places.size() - 1;
+  std::size_t at = static_cast<std::size_t>(hash >> 8) & mask;
+  while (places[at] != 0) {
+    Item& item = items[places[at] - 1];
+    if (item.id == id) return item;
+    at = (at + 1) & mask;
+  }
+  items.push_back({id, 0, 0, kNoSum});
+  places[at] = static_cast<std::uint32_t>(items.size());
+  return items.back();
+}
+
+void EmbeddingTable::Group::grow() {
+  places.assign(2 * places.size(), 0);
+  const std::size_t mask = places.size() - 1;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    std::size_t at = static_cast<std::size_t>(hash_id(items[i].id) >> 8) & mask;
+    while (places[at] != 0) at = (at + 1) & mask;
+    places[at] = static_cast<std::uint32_t>(i + 1);
+  }
+}
+
+// Fills the groups with the distinct ids and the sums of their gradients, and makes room in the logs. No row is touched.
+void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, std::size_t threads) {
+  if (n > kNoSum / 2) throw std::invalid_argument("a batch may have at most 2^31 ids; split it");
+  active_groups_ = n < kWorthThreads ? 1 : std::max<std::size_t>(1, std::min<std::size_t>(threads, config_.shards));
+  parallel_for(active_groups_, threads, [&](std::size_t g) {
+    Group& group = *groups_[g];
+    group.clear(n / active_groups_ + 1, config_.shards);
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::uint64_t hash = hash_id(ids[i]);
+      if (active_groups_ > 1 && shard_index(hash) % active_groups_ != g) continue;
+      Item& item = group.item_of(ids[i], hash);
+      if (++item.occurrences == 1) ++group.items_of_shard[shard_index(hash)];
+      if (gradients == nullptr || item.occurrences == 1) item.position = static_cast<std::uint32_t>(i);
+      if (gradients != nullptr && (item.occurrences > 1 || gradients->scale != nullptr)) {
+        add_gradient(group, item, *gradients, i, config_.dim);
+      }
+    }
+    group.newcomers.reserve(group.items.size());
+    for (std::size_t s = 0; s < shards_.size(); ++s) {
+      if (group.items_of_shard[s] != 0) shards_[s]->reserve_changes(epoch(), group.items_of_shard[s]);
+    }
+  });
+}
+
+// Adds the gradient of position i to the item's sum; the first addition brings the first occurrence with it.
+void EmbeddingTable::add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim) {
+  const auto source = [&](std::size_t position) {
+    return gradients.grads + (gradients.row != nullptr ? gradients.row[position] : position) * dim;
+  };
+  const auto scale = [&](std::size_t position) { return gradients.scale != nullptr ? gradients.scale[position] : 1.0F; };
+  if (item.sum == kNoSum) {
+    item.sum = static_cast<std::uint32_t>(group.sums.size() / dim);
+    const float* const first = source(item.position);
+    for (std::size_t j = 0; j < dim; ++j) group.sums.push_back(scale(item.position) * first[j]);
+    if (item.position == i) return;
+  }
+  float* const sum = group.sums.data() + item.sum * dim;
+  const float* const gradient = source(i);
+  for (std::size_t j = 0; j < dim; ++j) sum[j] += scale(i) * gradient[j];
+}
+
+// Whether an id without a row gets one now.
+Verdict EmbeddingTable::admit(const Item& item, const Newcomer& newcomer) const noexcept {
+  switch (config_.admission) {
+    case Admission::kAll: return Verdict::kInsert;
+    case Admission::kThreshold: {
+      const std::uint32_t before = newcomer.was_candidate ? Candidate::from(newcomer.word).count : 0;
+      return before + item.occurrences >= config_.threshold ? Verdict::kInsert : Verdict::kCandidate;
+    }
+    case Admission::kProbability: {
+      const std::uint64_t draw = mix64(mix64(init_key_ ^ hash_id(item.id)) + updates_ * kGolden);
+      const double refused = power(1.0 - config_.probability, item.occurrences);
+      return static_cast<double>(draw >> 11) / kTwoTo53 < 1.0 - refused ? Verdict::kInsert : Verdict::kRefuse;
+    }
+  }
+  return Verdict::kInsert;
+}
+
+// Verdicts by the admission, then by the room that is left, in the order of the batch, whatever the groups are. Returns
+// how many ids find no room.
+std::size_t EmbeddingTable::judge() {
+  std::vector<std::pair<std::uint32_t, Newcomer*>> wanted;  // by position
+  const bool bounded = config_.max_rows != 0 && config_.when_full == WhenFull::kRefuse;
+  for (std::size_t g = 0; g < active_groups_; ++g) {
+    for (Newcomer& newcomer : groups_[g]->newcomers) {
+      const Item& item = groups_[g]->items[newcomer.item];
+      newcomer.verdict = admit(item, newcomer);
+      if (bounded && newcomer.verdict == Verdict::kInsert) wanted.emplace_back(item.position, &newcomer);
+    }
+  }
+  const std::size_t room = config_.max_rows - std::min(config_.max_rows, size());
+  if (wanted.size() <= room) return 0;
+  std::sort(wanted.begin(), wanted.end());
+  for (std::size_t i = room; i < wanted.size(); ++i) wanted[i].second->verdict = Verdict::kRefuse;
+  return wanted.size() - room;
+}
+
+void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer, Seconds now) {
+  const std::uint64_t hash = hash_id(item.id);
+  Shard& shard = shard_of(hash);
+  if (snapshot_scan() != nullptr) save_candidate(item.id, newcomer);
+  const Candidate before = newcomer.was_candidate ? Candidate::from(newcomer.word) : Candidate{0, 0};
+  const bool newer = !newcomer.was_candidate || (now != 0 && (before.hour == 0 || before.age_hours(now) < 0x8000));
+  const std::uint32_t hour = newer ? Candidate::hour_of(now) : before.hour;
+  const Index::Place place = newcomer.was_candidate ? shard.index().locate(item.id, hash) : Index::Place{nullptr, 0};
+  shard.put_candidate(place, item.id, hash, Candidate{before.count + item.occurrences, hour}.word());
+  shard.dirty().note(item.id);
+  newcomer.done = true;
+}
+
+void EmbeddingTable::save_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept {
+  if (newcomer.was_candidate) {
+    snapshot_scan()->save_candidate(id, newcomer.word);
+  } else {
+    snapshot_scan()->save_no_candidate(id);
+  }
+}
+
+void EmbeddingTable::roll_back() noexcept {
+  for (std::size_t g = 0; g < active_groups_; ++g) {
+    for (const Newcomer& newcomer : groups_[g]->newcomers) {
+      if (!newcomer.done) continue;
+      const std::int64_t id = groups_[g]->items[newcomer.item].id;
+      const std::uint64_t hash = hash_id(id);
+      Shard& shard = shard_of(hash);
+      const Index::Place place = shard.index().locate(id, hash);
+      if (newcomer.verdict == Verdict::kCandidate && newcomer.was_candidate) {
+        shard.put_candidate(place, id, hash, newcomer.word);
+      } else if (!newcomer.was_candidate) {
+        shard.remove(place, hash);
+      } else {
+        shard.demote(place, id, hash, newcomer.word);
+      }
+    }
+  }
+}
+
+}  // namespace freshet

@@ -1,0 +1,271 @@
+// Writing batches: rows that are there are changed on the way through the index, new ones are made complete before they
+// are published.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "../common/parallel.h"
+#include "batch.h"
+#include "flight.h"
+#include "initializer.h"
+
+namespace freshet {
+// Calls write(shard, item, meta, floats) for every item that has a row, under the lock of its bucket; the others become
+// newcomers. What it changes it has to mark dirty.
+template <typename Write>
+FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write& write) noexcept {
+  WriteFlight flight;
+  SnapshotScan* const scan = snapshot_scan();
+  const std::size_t n = group.items.size();
+  std::size_t written = 0;
+  for (std::size_t first = 0; first < n; first += WriteFlight::kBlock) {
+    const Item* const items = group.items.data() + first;
+    const std::size_t count = std::min(WriteFlight::kBlock, n - first);
+    flight.send(
+        count, float_bytes(), [items](std::size_t i) { return items[i].id; },
+        [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); });
+    for (std::size_t i = 0; i < count; ++i) {
+      const Item& item = items[i];
+      const std::uint64_t hash = flight.hash[i];
+      Shard& shard = shard_of(hash);
+      Index::Place place = shard.index().locate_from(flight.span[i], item.id, hash);
+      if (place.bucket == nullptr && !flight.span[i].at_home()) place = shard.index().locate(item.id, hash);
+      const Handle handle = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
+      if (!is_row(handle)) {
+        const bool candidate = is_candidate(handle);
+        group.newcomers.push_back({static_cast<std::uint32_t>(first + i), Verdict::kInsert, false, candidate,
+                                   candidate ? shard.candidate(handle).word.load(std::memory_order_relaxed) : 0});
+        continue;
+      }
+      RowMeta& meta = shard.meta(handle);
+      float* const floats = shard.floats(handle);
+      const BucketLock lock(*place.bucket);
+      if (scan != nullptr) scan->save_row(item.id, floats, meta);
+      write(shard, item, meta, floats);
+      ++written;
+    }
+  }
+  return written;
+}
+
+// Carries out the verdicts on the newcomers: fresh rows, written before anyone sees them, and candidates. All or nothing.
+// Returns the rows inserted.
+template <typename Write>
+std::size_t EmbeddingTable::carry_out(Seconds now, std::size_t threads, const Write& write) {
+  std::atomic<std::size_t> inserted{0};
+  try {
+    parallel_for(active_groups_, threads, [&](std::size_t g) {
+      Group& group = *groups_[g];
+      std::size_t rows = 0;
+      for (std::size_t i = 0; i < group.newcomers.size(); ++i) {
+        constexpr std::size_t kAhead = 16;  // buckets on their way from memory
+        if (i + kAhead < group.newcomers.size()) {
+          const std::uint64_t hash = hash_id(group.items[group.newcomers[i + kAhead].item].id);
+          shard_of(hash).index().prefetch_for_insert(hash);
+        }
+        Newcomer& newcomer = group.newcomers[i];
+        const Item& item = group.items[newcomer.item];
+        if (newcomer.verdict == Verdict::kInsert) {
+          insert_row(item, newcomer, [&](Shard& shard, RowMeta& meta, float* floats) { write(group, shard, item, meta, floats); });
+          ++rows;
+        } else if (newcomer.verdict == Verdict::kCandidate) {
+          count_candidate(item, newcomer, now);
+        }
+      }
+      inserted.fetch_add(rows, std::memory_order_relaxed);
+    });
+  } catch (...) {
+    roll_back();
+    throw;
+  }
+  counters_.inserted.fetch_add(inserted.load(), std::memory_order_relaxed);
+  return inserted.load();
+}
+
+template <typename Fill>
+void EmbeddingTable::insert_row(const Item& item, Newcomer& newcomer, const Fill& fill) {
+  const std::uint64_t hash = hash_id(item.id);
+  Shard& shard = shard_of(hash);
+  if (snapshot_scan() != nullptr) save_candidate(item.id, newcomer);
+  const Handle handle = shard.take_row();
+  RowMeta& meta = shard.meta(handle);
+  meta.key.store(item.id);
+  meta.dirty_epoch.store(0, std::memory_order_relaxed);
+  meta.last_seen.store(0, std::memory_order_relaxed);
+  const std::uint32_t count = newcomer.was_candidate ? Candidate::from(newcomer.word).count : 0;
+  meta.count.store(static_cast<std::uint16_t>(count), std::memory_order_relaxed);
+  meta.saved.store(snapshots_, std::memory_order_relaxed);  // a running snapshot is older than this row
+  fill(shard, meta, shard.floats(handle));
+  try {
+    const Index::Place place = newcomer.was_candidate ? shard.index().locate(item.id, hash) : Index::Place{nullptr, 0};
+    shard.publish_row(place, hash, handle);
+  } catch (...) {
+    shard.untake_row(handle);
+    throw;
+  }
+  newcomer.done = true;
+}
+
+FRESHET_CLONES void EmbeddingTable::init_floats(std::int64_t id, float* floats) const noexcept {
+  change_racy(floats, float_bytes(), [&](void* to) __attribute__((always_inline)) {
+    auto* const weights = static_cast<float*>(to);
+    init_weights(init_key_, id, config_.init_scale, config_.dim, weights);
+    init_state(config_.optimizer, config_.dim, weights + config_.dim);
+  });
+}
+
+// What is read of an absent id is what its fresh row starts with: the rows are read first, and those without one are
+// inserted behind.
+std::size_t EmbeddingTable::find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads) {
+  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Reclaimer::Guard guard(reclaimer_);
+  std::vector<std::uint8_t> is_absent(n, 0);
+  if (read(ids, n, out, Missing::kInitial, threads, is_absent.data()) == 0) return 0;
+  std::vector<std::int64_t> absent;
+  for (std::size_t i = 0; i < n; ++i) {
+    if (is_absent[i] != 0) absent.push_back(ids[i]);
+  }
+  collect(absent.data(), absent.size(), nullptr, threads);
+  parallel_for(active_groups_, threads, [&](std::size_t g) {
+    write_rows(*groups_[g], [](Shard&, const Item&, RowMeta&, float*) {});  // they have none: all become newcomers
+  });
+  return carry_out(clock_, threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
+    init_floats(item.id, floats);
+    shard.mark_dirty(item.id, meta, epoch());
+  });
+}
+
+namespace {
+
+FRESHET_INLINE const float* gradient_of(const EmbeddingTable::Gradients& gradients, const std::vector<float>& sums,
+                                        std::uint32_t sum, std::uint32_t position, std::size_t dim) noexcept {
+  if (sum != kNoSum) return sums.data() + sum * dim;
+  return gradients.grads + (gradients.row != nullptr ? gradients.row[position] : position) * dim;
+}
+
+}  // namespace
+
+// One optimiser step per item with a row; the others become newcomers.
+FRESHET_CLONES std::size_t EmbeddingTable::update_rows(Group& group, const Gradients& gradients, float lr,
+                                                       Seconds now) noexcept {
+  const std::size_t dim = config_.dim, bytes = float_bytes();
+  const OptimizerConfig optimizer = config_.optimizer;
+  return write_rows(group, [&](Shard& shard, const Item& item, RowMeta& meta, float* floats)
+                               __attribute__((always_inline)) {
+    const float* const gradient = gradient_of(gradients, group.sums, item.sum, item.position, dim);
+    change_racy(floats, bytes, [&](void* to) __attribute__((always_inline)) {
+      update_row(optimizer, dim, lr, gradient, static_cast<float*>(to));
+    });
+    meta.see(now);
+    meta.add(item.occurrences);
+    shard.mark_dirty(item.id, meta, epoch());
+  });
+}
+
+FRESHET_CLONES void EmbeddingTable::update_fresh(const Group& group, const Item& item, const Gradients& gradients,
+                                                 float lr, float* floats) const noexcept {
+  const float* const gradient = gradient_of(gradients, group.sums, item.sum, item.position, config_.dim);
+  change_racy(floats, float_bytes(), [&](void* to) __attribute__((always_inline)) {
+    update_row(config_.optimizer, config_.dim, lr, gradient, static_cast<float*>(to));
+  });
+}
+
+std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t n, const Gradients& gradients, float lr,
+                                            std::int64_t now_us, std::size_t threads) {
+  if (!(lr >= 0 && lr <= kMaxLearningRate)) throw std::invalid_argument("lr must be between 0 and 1e6");
+  if (now_us < 0) throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
+  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Reclaimer::Guard guard(reclaimer_);
+  collect_checked(ids, n, gradients, threads);
+  const Seconds now = to_seconds(now_us);
+  std::atomic<std::size_t> updated{0}, newcomers{0};
+  parallel_for(active_groups_, threads, [&](std::size_t g) {
+    updated.fetch_add(update_rows(*groups_[g], gradients, lr, now), std::memory_order_relaxed);
+    newcomers.fetch_add(groups_[g]->newcomers.size(), std::memory_order_relaxed);
+  });
+  counters_.updated.fetch_add(updated.load(), std::memory_order_relaxed);
+  std::size_t inserted = 0;
+  if (newcomers.load() != 0) {
+    const std::size_t no_room = judge();
+    inserted = carry_out(now, threads, [&](const Group& group, Shard& shard, const Item& item, RowMeta& meta,
+                                           float* floats) {
+      init_floats(item.id, floats);
+      update_fresh(group, item, gradients, lr, floats);
+      meta.see(now);
+      meta.add(item.occurrences);
+      shard.mark_dirty(item.id, meta, epoch());
+    });
+    counters_.updated.fetch_add(inserted, std::memory_order_relaxed);
+    counters_.refused_full.fetch_add(no_room, std::memory_order_relaxed);
+    counters_.refused_admission.fetch_add(newcomers.load() - inserted - no_room, std::memory_order_relaxed);
+  }
+  ++updates_;
+  clock_ = std::max(clock_, now);
+  make_room();
+  return updated.load() + inserted;
+}
+
+// Collects, after proving that every gradient and every sum is finite; nothing was changed when one is not.
+void EmbeddingTable::collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients,
+                                     std::size_t threads) {
+  try {
+    check_finite(gradients.grads, gradients.grad_rows * config_.dim, kMaxGradient, "gradient");
+    collect(ids, n, &gradients, threads);
+    for (std::size_t g = 0; g < active_groups_; ++g) {
+      const std::vector<float>& sums = groups_[g]->sums;
+      check_finite(sums.data(), sums.size(), kMaxGradient, "sum of the gradients of a repeated id");
+    }
+  } catch (const std::invalid_argument&) {
+    counters_.refused_batches.fetch_add(1, std::memory_order_relaxed);
+    throw;
+  }
+}
+
+std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads) {
+  check_finite(rows.weights, n * config_.dim, std::numeric_limits<float>::max(), "weight");
+  for (std::size_t i = 0; i < n; ++i) {
+    if (rows.state != nullptr && !state_valid(config_.optimizer.kind, config_.dim, rows.state + i * state_dim_)) {
+      throw std::invalid_argument("optimiser state of row " + std::to_string(i) +
+                                  " is not finite, or negative where it is a sum of squares; nothing was changed");
+    }
+    if (rows.last_update_us != nullptr && rows.last_update_us[i] < 0) {
+      throw std::invalid_argument("last_update_us of row " + std::to_string(i) + " is negative; nothing was changed");
+    }
+  }
+  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Reclaimer::Guard guard(reclaimer_);
+  collect(ids, n, nullptr, threads);
+  const auto put = [&](Shard& shard, const Item& item, RowMeta& meta, float* floats) {
+    put_row(rows, item.position, meta, floats);
+    if (rows.dirty_epochs != nullptr) {
+      meta.dirty_epoch.store(rows.dirty_epochs[item.position], std::memory_order_relaxed);
+    } else {
+      shard.mark_dirty(item.id, meta, epoch());
+    }
+  };
+  parallel_for(active_groups_, threads, [&](std::size_t g) { write_rows(*groups_[g], put); });
+  const std::size_t inserted =
+      carry_out(clock_, threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
+        put(shard, item, meta, floats);
+      });
+  counters_.upserted.fetch_add(n, std::memory_order_relaxed);
+  return inserted;
+}
+
+void EmbeddingTable::put_row(const Rows& rows, std::size_t i, RowMeta& meta, float* floats) const noexcept {
+  change_racy(floats, float_bytes(), [&](void* to) {
+    auto* const values = static_cast<float*>(to);
+    copy_words(rows.weights + i * config_.dim, weight_bytes(), values);
+    if (rows.state != nullptr) {
+      copy_words(rows.state + i * state_dim_, state_dim_ * sizeof(float), values + config_.dim);
+    } else {
+      init_state(config_.optimizer, config_.dim, values + config_.dim);
+    }
+  });
+  const std::int64_t seen = rows.last_update_us != nullptr ? rows.last_update_us[i] : 0;
+  meta.last_seen.store(to_seconds(seen), std::memory_order_relaxed);
+  meta.count.store(rows.counts != nullptr ? rows.counts[i] : 0, std::memory_order_relaxed);
+}
+
+}  // namespace freshet

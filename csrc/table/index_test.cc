@@ -1,0 +1,274 @@
+// Tests of the index; run by `make -C csrc test`, `asan` and `tsan`.
+#include "index.h"
+
+#include <algorithm>
+#include <new>
+#include <random>
+#include <unordered_map>
+
+#include "table_test.h"
+
+namespace {
+
+using namespace freshet::testing;
+using freshet::Bucket;
+using freshet::Handle;
+using freshet::Index;
+using freshet::kAbsent;
+using freshet::kCandidateBit;
+using freshet::Reclaimer;
+using freshet::RowStore;
+
+constexpr std::size_t kMany = FRESHET_TSAN ? 60000 : 300000;
+
+// An index with the rows that it needs, beside a map that says what must be in it.
+struct Fixture {
+  Reclaimer row_memory;
+  RowStore rows{&row_memory, sizeof(freshet::RowMeta), 4};
+  RowStore candidates{&row_memory, sizeof(freshet::CandidateRecord), 0};
+  Reclaimer own;
+  Reclaimer* memory;
+  Index index;
+  std::unordered_map<std::int64_t, Handle> expected;
+
+  explicit Fixture(unsigned bits = 0, Reclaimer* shared = nullptr)
+      : memory(shared != nullptr ? shared : &own), index(memory, &rows, &candidates, bits) {}
+
+  // Odd numbers become candidates.
+  void insert(std::int64_t key) {
+    const bool candidate = expected.size() % 2 == 1;
+    RowStore& store = candidate ? candidates : rows;
+    store.reserve(1);
+    const Handle handle = store.take();
+    reinterpret_cast<freshet::StoredKey*>(store.header(handle))->store(key);
+    try {
+      index.insert(freshet::hash_id(key), candidate ? handle | kCandidateBit : handle);
+    } catch (...) {
+      store.give_back(handle);
+      throw;
+    }
+    expected[key] = candidate ? handle | kCandidateBit : handle;
+  }
+
+  void erase(std::int64_t key) {
+    const std::uint64_t hash = freshet::hash_id(key);
+    index.erase(index.locate(key, hash), hash);
+    const Handle handle = expected[key];
+    (freshet::is_row(handle) ? rows : candidates).give_back(handle & ~kCandidateBit);
+    expected.erase(key);
+  }
+
+  void check_key(std::int64_t key) const {
+    const auto entry = expected.find(key);
+    const Handle handle = entry == expected.end() ? kAbsent : entry->second;
+    const std::uint64_t hash = freshet::hash_id(key);
+    CHECK(index.find(key, hash).handle == handle);
+    const Index::Place place = index.locate(key, hash);
+    CHECK((place.bucket == nullptr ? kAbsent : place.bucket->at(place.slot)) == handle);
+  }
+
+  // prefix, bits: of all hashes.
+  void check_all(std::uint64_t prefix = 0, unsigned bits = 0) const {
+    CHECK(index.size() == expected.size());
+    for (const auto& [key, handle] : expected) check_key(key);
+    std::vector<Handle> listed, wanted;
+    const std::uint64_t end = prefix | (bits == 0 ? ~std::uint64_t{0} : ~std::uint64_t{0} >> bits);
+    for (std::uint64_t at = prefix;;) {
+      const std::size_t before = listed.size();
+      const std::uint64_t last = index.list_segment(at, &listed);
+      CHECK(last >= at && last <= end);
+      for (std::size_t i = before; i < listed.size(); ++i) {
+        const std::uint64_t hash = freshet::hash_id(index.key_of(listed[i]));
+        CHECK(hash >= at && hash <= last);
+      }
+      CHECK((listed.size() - before) * 20 <= index.span(at).buckets * Bucket::kSlots * 17);
+      if (last == end) break;
+      at = last + 1;
+    }
+    for (const auto& entry : expected) wanted.push_back(entry.second);
+    std::sort(listed.begin(), listed.end());
+    std::sort(wanted.begin(), wanted.end());
+    CHECK(listed == wanted);
+  }
+};
+
+void test_it_agrees_with_a_map_through_growth_and_churn() {
+  std::mt19937_64 random(1);
+  Fixture map;
+  for (const std::int64_t key : {std::int64_t{0}, std::int64_t{-1}, kMin, kMin + 1, kMax, kMax - 1}) map.insert(key);
+  map.check_all();
+  for (int i = 0; i < 60000; ++i) {
+    const std::int64_t key = static_cast<std::int64_t>(random() % 30000) - 15000;
+    map.check_key(key);
+    if (map.expected.count(key) == 0) {
+      map.insert(key);
+    } else {
+      map.erase(key);
+    }
+    map.check_key(key);
+    if (i < 50 || i % 6000 == 0) map.check_all();
+  }
+  const auto all = map.expected;
+  for (const auto& entry : all) map.erase(entry.first);
+  map.check_all();
+}
+
+void test_growth_finds_every_key_and_keeps_the_load() {
+  Fixture map;
+  for (std::size_t i = 0; i < kMany; ++i) {
+    const auto key = static_cast<std::int64_t>(i);
+    map.insert(key);
+    map.check_key(key);
+    map.check_key(-key - 1);
+    map.check_key(key / 2);
+    if (i < 3000 && i % 100 == 0) map.check_all();
+  }
+  map.check_all();
+  std::vector<Handle> handles;
+  std::size_t slots = 0;
+  for (std::uint64_t at = 0, last = 0; last != ~std::uint64_t{0}; at = last + 1) {
+    slots += std::size_t{map.index.span(at).buckets} * Bucket::kSlots;
+    last = map.index.list_segment(at, &handles);
+  }
+  CHECK(slots * 57 <= kMany * 100);
+}
+
+// The hash is a public bijection: anyone can choose ids whose hashes look like this.
+void test_hashes_chosen_by_an_adversary_are_kept_apart() {
+  std::mt19937_64 random(2);
+  const std::function<std::uint64_t(std::uint64_t)> kFamilies[] = {
+      [](std::uint64_t i) { return i << 46; },                                   // one home and one tag
+      [&](std::uint64_t i) { return i << 46 | (random() & 0xffffffff); },        // in order of hash
+      [&](std::uint64_t i) { return ~(i << 46) ^ (random() & 0xffffffff); },     // from the end
+      [&](std::uint64_t) { return random() & ~std::uint64_t{0xff}; },            // one tag
+      [&](std::uint64_t) { return random() | 0xfffff000U; },                     // the last bucket: chains go round
+      [&](std::uint64_t) { return random() >> 9; },                              // one side of nine splits
+      [&](std::uint64_t) { return random() | ~std::uint64_t{0} << 55; },         // the other side
+  };
+  for (const auto& hash_of : kFamilies) {
+    Fixture map;
+    for (std::uint64_t i = 0; i < 12000; ++i) {
+      const std::int64_t key = id_of_hash(hash_of(i));
+      if (map.expected.count(key) == 0) map.insert(key);
+      map.check_key(id_of_hash(hash_of(i) ^ 1U << 20));
+    }
+    map.check_all();
+    const auto all = map.expected;
+    for (const auto& entry : all) {
+      if (entry.first % 3 != 0) map.erase(entry.first);
+    }
+    map.check_all();
+    for (const auto& entry : all) {
+      if (entry.first % 3 == 1) map.insert(entry.first);
+    }
+    map.check_all();
+  }
+}
+
+void test_a_shard_tells_keys_apart_by_the_bits_after_its_own() {
+  std::mt19937_64 random(3);
+  const std::uint64_t prefix = std::uint64_t{0x2b} << 58;
+  Fixture map(6);
+  for (int i = 0; i < 20000; ++i) map.insert(id_of_hash(prefix | random() >> 6));
+  map.check_all(prefix, 6);
+}
+
+// 4,000 hashes that agree in their first 50 bits would need a directory of petabytes.
+void test_what_no_directory_can_tell_apart_is_refused_and_the_rest_goes_on() {
+  Fixture map;
+  std::size_t refusals = 0;
+  for (std::uint64_t i = 0; i < 4000; ++i) {
+    refusals += refused<std::bad_alloc>([&] { map.insert(id_of_hash(std::uint64_t{7} << 50 | i << 2)); }) ? 1 : 0;
+  }
+  CHECK(refusals != 0 && map.expected.size() + refusals == 4000);
+  for (std::int64_t key = 0; key < 5000; ++key) map.insert(key);
+  map.check_all();
+}
+
+// Fills the three buckets of a small segment in turn until each has forgotten how many keys went past it.
+void test_a_search_ends_where_every_bucket_was_once_full() {
+  Fixture map;
+  const auto key_at = [](std::uint64_t bucket, std::uint64_t i) {
+    return id_of_hash(i << 40 | (bucket * 0x55555556 + i * 4096));
+  };
+  for (std::uint64_t bucket = 0; bucket < 3; ++bucket) {
+    for (std::uint64_t i = 1; i <= 29; ++i) map.insert(key_at(bucket, i));
+    for (std::uint64_t i = 1; i <= 29; ++i) map.erase(key_at(bucket, i));
+  }
+  Index::Span at = map.index.span(0);
+  CHECK(at.buckets == 3);
+  for (int b = 0; b < 3; ++b, at.step()) CHECK(Bucket::overflow(at.bucket->control.load()) == Bucket::kOverflowMax);
+  CHECK(!at.step() && !at.step());
+  const std::int64_t absent = key_at(1, 99);
+  map.check_key(absent);
+  CHECK(map.index.locate_from(at, absent, freshet::hash_id(absent)).bucket == nullptr);
+  for (std::uint64_t i = 1; i <= 100; ++i) map.insert(key_at(2, i));
+  map.check_all();
+}
+
+void test_memory_of_replaced_segments_is_used_again() {
+  Reclaimer memory;
+  std::size_t held = 0;
+  for (int round = 0; round < 12; ++round) {
+    Fixture map(0, &memory);
+    for (std::int64_t key = 0; key < 40000; ++key) map.insert(key);
+    if (round == 0) held = memory.arena().held_bytes();
+  }
+  CHECK(memory.arena().held_bytes() <= held);
+  CHECK(held <= 40000 * 10 + freshet::kHugePage);
+}
+
+void test_churn_needs_no_more_memory() {
+  Fixture map;
+  std::mt19937_64 random(4);
+  Ids keys = ids_from(0, 50000);
+  for (const std::int64_t key : keys) map.insert(key);
+  const std::size_t held = map.memory->arena().held_bytes();
+  for (std::int64_t next = 50000; next < (FRESHET_TSAN ? 100000 : 500000); ++next) {
+    std::int64_t& key = keys[random() % keys.size()];
+    map.erase(key);
+    map.insert(key = next);
+  }
+  map.check_all();
+  CHECK(map.memory->arena().held_bytes() == held);
+}
+
+void test_a_segment_that_a_reader_looks_at_stays_as_it_was() {
+  Fixture map;
+  for (std::int64_t key = 0; key < 2000; ++key) map.insert(key);
+  {
+    const Reclaimer::Guard guard(*map.memory);
+    Index::Span at = map.index.span(freshet::hash_id(5));
+    CHECK(!Bucket::retired(at.bucket->control.load()));
+    for (std::int64_t key = 2000; key < 60000; ++key) map.insert(key);
+    std::size_t keys = 0;
+    do {
+      CHECK(Bucket::retired(at.bucket->control.load()));
+      for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
+        const Handle handle = at.bucket->at(slot);
+        if (handle == 0) continue;  // most likely empty
+        const std::int64_t key = map.index.key_of(handle);
+        CHECK(map.expected.at(key) == handle);
+        keys += key < 2000 ? 1 : 0;
+      }
+    } while (at.step());
+    CHECK(keys >= 1999);
+  }
+  map.check_all();
+}
+
+}  // namespace
+
+int main() {
+  test_it_agrees_with_a_map_through_growth_and_churn();
+  test_growth_finds_every_key_and_keeps_the_load();
+  test_hashes_chosen_by_an_adversary_are_kept_apart();
+  test_a_shard_tells_keys_apart_by_the_bits_after_its_own();
+  test_what_no_directory_can_tell_apart_is_refused_and_the_rest_goes_on();
+  test_a_search_ends_where_every_bucket_was_once_full();
+  test_memory_of_replaced_segments_is_used_again();
+  test_churn_needs_no_more_memory();
+  test_a_segment_that_a_reader_looks_at_stays_as_it_was();
+  std::puts("index_test: all passed");
+  return 0;
+}

@@ -1,0 +1,78 @@
+// The header of every row, and the records of candidates.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include "bucket.h"
+#include "epoch_log.h"
+
+namespace freshet {
+
+// Event times are kept in whole seconds: 0 = unknown. A time is rounded up, so that nothing expires too early.
+using Seconds = std::uint32_t;
+inline constexpr std::int64_t kMicroseconds = 1000000;
+inline constexpr std::int64_t kMaxTimeUs = std::int64_t{0xffffffff} * kMicroseconds;  // in the year 2106
+
+inline Seconds to_seconds(std::int64_t us) noexcept {
+  return static_cast<Seconds>((std::min(us, kMaxTimeUs) + kMicroseconds - 1) / kMicroseconds);
+}
+inline std::int64_t to_microseconds(Seconds s) noexcept { return std::int64_t{s} * kMicroseconds; }
+
+// A full 64-bit key on a 4-byte boundary. Readers may look while a writer gives the row to another key: what they saw is
+// proven afterwards by the bucket's version.
+struct StoredKey {
+  std::atomic<std::uint32_t> low;
+  std::atomic<std::uint32_t> high;
+
+  std::int64_t load() const noexcept {
+    return static_cast<std::int64_t>(std::uint64_t{high.load(std::memory_order_relaxed)} << 32 |
+                                     low.load(std::memory_order_relaxed));
+  }
+  void store(std::int64_t key) noexcept {
+    low.store(static_cast<std::uint32_t>(key), std::memory_order_relaxed);
+    high.store(static_cast<std::uint32_t>(static_cast<std::uint64_t>(key) >> 32), std::memory_order_relaxed);
+  }
+};
+
+// Changed by the writer under the lock of the row's bucket, read by others under the same rule as the floats.
+struct RowMeta {
+  StoredKey key;
+  std::atomic<Epoch> dirty_epoch;    // of the last change
+  std::atomic<Seconds> last_seen;    // newest event that updated (or, by setting, read) the row
+  std::atomic<std::uint16_t> count;  // occurrences in updates; stays at its largest value
+  std::atomic<std::uint16_t> saved;  // number of the last snapshot that has the row (or that is older than the row)
+
+  void add(std::uint32_t occurrences) noexcept {
+    const std::uint32_t sum = count.load(std::memory_order_relaxed) + occurrences;
+    count.store(static_cast<std::uint16_t>(std::min<std::uint32_t>(sum, 0xffff)), std::memory_order_relaxed);
+  }
+  void see(Seconds now) noexcept {
+    if (now > last_seen.load(std::memory_order_relaxed)) last_seen.store(now, std::memory_order_relaxed);
+  }
+};
+static_assert(sizeof(RowMeta) == 20, "bookkeeping is a promise: see TableStats::overhead_bytes");
+
+// An id that was seen but not admitted: how often, and in which hour (mod 2^16) last.
+struct Candidate {
+  static constexpr std::uint32_t kMaxCount = 0xffff;
+
+  std::uint32_t count;
+  std::uint32_t hour;
+
+  static Candidate from(std::uint32_t word) noexcept { return {word & 0xffffU, word >> 16}; }
+  std::uint32_t word() const noexcept { return hour << 16 | count; }
+  static std::uint32_t hour_of(Seconds s) noexcept { return s / 3600 & 0xffffU; }
+  // Whole hours from its last occurrence to `now`.
+  std::uint32_t age_hours(Seconds now) const noexcept { return (hour_of(now) - hour) & 0xffffU; }
+};
+
+// The 12 bytes that a candidate takes instead of a row.
+struct CandidateRecord {
+  StoredKey key;
+  std::atomic<std::uint32_t> word;
+};
+
+}  // namespace freshet

@@ -1,0 +1,196 @@
+#include "snapshot_scan.h"
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+namespace freshet {
+namespace {
+
+constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
+constexpr std::size_t kRowsAhead = 8;
+constexpr std::uint64_t kLastHash = std::numeric_limits<std::uint64_t>::max();
+
+}  // namespace
+
+void Block::clear() {
+  keys.clear();
+  weights.clear();
+  state.clear();
+  last_seen.clear();
+  dirty_epoch.clear();
+  counts.clear();
+  candidate_keys.clear();
+  candidates.clear();
+}
+
+std::size_t Block::bytes() const noexcept {
+  return (weights.size() + state.size() + last_seen.size() + dirty_epoch.size() + candidates.size()) * 4 +
+         (keys.size() + candidate_keys.size()) * 8 + counts.size() * 2;
+}
+
+void SnapshotScan::add(Block* block, std::int64_t key, const float* floats, const RowMeta& meta) const {
+  const std::size_t dim = table_.config_.dim, state = table_.state_dim_, n = block->keys.size();
+  block->keys.push_back(key);
+  block->weights.resize((n + 1) * dim);
+  block->state.resize((n + 1) * state);
+  copy_racy(floats, table_.weight_bytes(), block->weights.data() + n * dim);
+  copy_racy(floats + dim, state * sizeof(float), block->state.data() + n * state);
+  block->last_seen.push_back(meta.last_seen.load(std::memory_order_relaxed));
+  block->dirty_epoch.push_back(meta.dirty_epoch.load(std::memory_order_relaxed));
+  block->counts.push_back(meta.count.load(std::memory_order_relaxed));
+}
+
+// Takes back the row that was added last.
+void SnapshotScan::drop_last(Block* block) const {
+  block->keys.pop_back();
+  block->weights.resize(block->keys.size() * table_.config_.dim);
+  block->state.resize(block->keys.size() * table_.state_dim_);
+  block->last_seen.pop_back();
+  block->dirty_epoch.pop_back();
+  block->counts.pop_back();
+}
+
+SnapshotScan::SnapshotScan(EmbeddingTable& table) : table_(table) {
+  const std::lock_guard<std::mutex> lock(table.write_mutex_);
+  if (table.snapshot_scan() != nullptr) throw std::runtime_error("another snapshot of this table is being taken; wait for it");
+  number_ = ++table.snapshots_;  // 65,536 snapshots later no row has this number any more: each claims every row
+  progress_ = {table.epoch(), table.updates_, table.sweep_at_, table.eviction_at_, table.clock_};
+  dropped_to_ = table.dropped_to_;
+  rows_ = table.size();
+  for (const auto& shard : table.shards_) {
+    shard->tombstones().for_each_after(0, [&](std::int64_t key, Epoch epoch) {
+      tombstone_keys_.push_back(key);
+      tombstone_epochs_.push_back(epoch);
+    });
+  }
+  table.snapshot_.store(this, std::memory_order_relaxed);
+}
+
+SnapshotScan::~SnapshotScan() {
+  const std::lock_guard<std::mutex> lock(table_.write_mutex_);
+  table_.snapshot_.store(nullptr, std::memory_order_relaxed);
+}
+
+void SnapshotScan::save_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
+  if (meta.saved.load(std::memory_order_relaxed) == number_) return;
+  const std::lock_guard<std::mutex> lock(saved_mutex_);
+  std::uint16_t before = meta.saved.load(std::memory_order_relaxed);
+  if (before == number_ || !meta.saved.compare_exchange_strong(before, number_, std::memory_order_acq_rel)) return;
+  if (gave_up_) return;
+  try {
+    if (saved_.empty() || saved_.back().bytes() >= kBlockBytes) {
+      saved_.emplace_back();
+      saved_.back().last_bucket = virtual_bucket(kLastHash);
+    }
+    add(&saved_.back(), key, floats, meta);
+  } catch (const std::bad_alloc&) {
+    gave_up_ = true;  // training goes on; `next` reports it
+  }
+}
+
+void SnapshotScan::save_word(std::int64_t key, std::uint64_t word) noexcept {
+  const std::lock_guard<std::mutex> lock(saved_mutex_);
+  try {
+    saved_candidates_.emplace(key, word);  // the first word stays: it is the one of the moment
+  } catch (const std::bad_alloc&) {
+    gave_up_ = true;
+  }
+}
+
+bool SnapshotScan::next(Block* block) {
+  block->clear();
+  {
+    const std::lock_guard<std::mutex> lock(saved_mutex_);
+    if (gave_up_) {
+      throw std::runtime_error("no memory was left to keep rows that training changed; free some and take it again");
+    }
+    const bool whole = !saved_.empty() && (scanned_ || saved_.size() > 1);
+    if (whole) {  // handed over as it is: nothing is copied under the lock
+      std::swap(*block, saved_.front());
+      saved_.erase(saved_.begin());
+      return true;
+    }
+  }
+  if (scanned_) return next_candidates(block);
+  block->first_bucket = virtual_bucket(at_);
+  while (!scanned_ && block->bytes() < kBlockBytes) scan_segment(block);
+  block->last_bucket = scanned_ ? virtual_bucket(kLastHash) : virtual_bucket(at_ - 1);
+  return true;
+}
+
+// Candidates that changed during the scan, as they were; the last block.
+bool SnapshotScan::next_candidates(Block* block) {
+  const std::lock_guard<std::mutex> lock(saved_mutex_);
+  if (ended_) return false;
+  ended_ = true;
+  block->first_bucket = 0;
+  block->last_bucket = virtual_bucket(kLastHash);
+  for (const auto& [key, word] : saved_candidates_) {
+    if (word == kNone) continue;
+    block->candidate_keys.push_back(key);
+    block->candidates.push_back(static_cast<std::uint32_t>(word));
+  }
+  return true;
+}
+
+void SnapshotScan::scan_segment(Block* block) {
+  const Reclaimer::Guard guard(table_.reclaimer_);
+  const Shard& shard = table_.shard_of(at_);
+  handles_.clear();
+  const std::uint64_t last = shard.index().list_segment(at_, &handles_);
+  for (std::size_t i = 0; i < handles_.size(); ++i) {
+    if (i + kRowsAhead < handles_.size() && is_row(handles_[i + kRowsAhead])) {
+      prefetch_read(&shard.meta(handles_[i + kRowsAhead]));
+      prefetch_lines(shard.floats(handles_[i + kRowsAhead]), table_.float_bytes());
+    }
+    if (is_row(handles_[i])) {
+      claim_row(block, shard, handles_[i]);
+    } else {
+      copy_candidate(block, shard, handles_[i]);
+    }
+  }
+  scanned_ = last == kLastHash;
+  at_ = last + 1;
+}
+
+// Copies the row and claims it; the writer, who claims before it changes a row, may have been first. A row that was
+// given to another key meanwhile has this snapshot's number from then on.
+void SnapshotScan::claim_row(Block* block, const Shard& shard, Handle handle) const {
+  RowMeta& meta = shard.meta(handle);
+  for (;;) {
+    if (meta.saved.load(std::memory_order_acquire) == number_) return;
+    const std::int64_t key = meta.key.load();
+    const Index::Found found = shard.index().find(key, hash_id(key));
+    if (found.handle != handle) continue;  // the row is on its way to another key: look again
+    std::uint16_t before = meta.saved.load(std::memory_order_acquire);
+    if (before == number_) return;
+    add(block, key, shard.floats(handle), meta);
+    if (found.bucket->end_read(found.control) &&
+        meta.saved.compare_exchange_strong(before, number_, std::memory_order_acq_rel)) {
+      return;
+    }
+    drop_last(block);
+  }
+}
+
+// A candidate that changes comes with next_candidates, as it was.
+void SnapshotScan::copy_candidate(Block* block, const Shard& shard, Handle handle) {
+  const CandidateRecord& record = shard.candidate(handle);
+  for (;;) {
+    const std::int64_t key = record.key.load();
+    const Index::Found found = shard.index().find(key, hash_id(key));
+    const std::uint32_t word = record.word.load(std::memory_order_relaxed);
+    if (!found.bucket->end_read(found.control)) continue;
+    if (found.handle != handle) return;  // gone: the writer has saved it
+    const std::lock_guard<std::mutex> lock(saved_mutex_);
+    if (saved_candidates_.count(key) != 0) return;
+    block->candidate_keys.push_back(key);
+    block->candidates.push_back(word);
+    return;
+  }
+}
+
+}  // namespace freshet

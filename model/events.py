@@ -1,0 +1,129 @@
+"""What happened to a user, and what is asked about the user: the raw side of the model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.errors import BadInput
+from components.schemas import ACTIONS
+from model.catalogue import Int64s
+
+IMPRESSION, ACTION, AUX, REQUEST, CONTEXT = range(5)
+"""Kinds of tokens."""
+
+
+@dataclass
+class UserEvents:
+    """One user's interactions, action events and auxiliary series: the fields of a sequence row, as numpy arrays."""
+
+    user_id: int
+    new_from: int
+    request_id: Int64s
+    item_id: Int64s
+    timestamp: Int64s
+    known_at: Int64s
+    position: NDArray[np.int32]
+    page: Int64s
+    actions: NDArray[np.int32]
+    watch_s: NDArray[np.float32]
+    score: NDArray[np.float32]
+    version: NDArray[np.int32]
+    delta: Int64s
+    action_of: NDArray[np.int32]
+    action_known_at: Int64s
+    action_mask: NDArray[np.int32]
+    action_value: NDArray[np.float32]
+    aux_slot: NDArray[np.int32]
+    aux_value: Int64s
+    aux_known_at: Int64s
+
+    @classmethod
+    def empty(cls, user_id: int) -> UserEvents:
+        """A user without any event."""
+        arrays = {name: np.zeros(0, dtype=dtype) for name, dtype in EVENT_DTYPES.items()}
+        return cls(user_id=user_id, new_from=0, **arrays)
+
+    def __len__(self) -> int:
+        """Number of interactions."""
+        return len(self.item_id)
+
+    def take(self, places: Int64s, new_from: int) -> UserEvents:
+        """Some of the interactions (ascending indices), with the action events on them; the auxiliary series stays."""
+        place = np.full(len(self), -1)
+        place[places] = np.arange(len(places))
+        of = place[self.action_of]
+        kept = of >= 0
+        arrays: dict[str, NDArray] = {}
+        for name, dtype in EVENT_DTYPES.items():
+            value = getattr(self, name)
+            if name.startswith("action_"):
+                arrays[name] = (of if name == "action_of" else value)[kept].astype(dtype, copy=False)
+            else:
+                arrays[name] = value if name.startswith("aux_") else value[places]
+        return UserEvents(user_id=self.user_id, new_from=new_from, **arrays)
+
+
+_DTYPES = {
+    "int32": ("position", "actions", "version", "action_of", "action_mask", "aux_slot"),
+    "float32": ("watch_s", "score", "action_value"),
+}
+EVENT_DTYPES: dict[str, np.dtype] = {
+    f.name: np.dtype(next((kind for kind, names in _DTYPES.items() if f.name in names), "int64"))
+    for f in fields(UserEvents)
+    if f.name not in ("user_id", "new_from")
+}
+"""Array fields of UserEvents and their dtypes."""
+
+
+@dataclass
+class Queries:
+    """Rows put at the end of a user's sequence, seen by nobody: candidates (kind IMPRESSION) or REQUEST rows."""
+
+    kind: int
+    item_id: Int64s
+    time_us: Int64s
+    page: Int64s
+
+    @classmethod
+    def candidates(cls, item_id: Int64s, request_time_us: int, page: int) -> Queries:
+        """The candidates of one request: each sees the history known at request time, none sees another."""
+        ids = np.asarray(item_id, dtype=np.int64)
+        return cls(IMPRESSION, ids, np.full(len(ids), request_time_us), np.full(len(ids), page))
+
+    @classmethod
+    def impressions(cls, item_id: Int64s, time_us: Int64s, page: Int64s) -> Queries:
+        """Impressions that were shown, put as candidates of their moments."""
+        return cls(IMPRESSION, item_id, time_us, page)
+
+    @classmethod
+    def requests(cls, time_us: Int64s, page: Int64s) -> Queries:
+        """REQUEST rows: a moment and a page without an item."""
+        times = np.asarray(time_us, dtype=np.int64)
+        return cls(REQUEST, np.zeros(len(times), dtype=np.int64), times, np.asarray(page, dtype=np.int64))
+
+
+_SERIES = {"action_of": "action events", "aux_slot": "auxiliary values", "item_id": "interactions"}
+_KNOWN_ACTIONS = (1 << len(ACTIONS)) - 1
+
+
+def check_events(users: Sequence[UserEvents], columns: dict[str, NDArray]) -> None:
+    """Refuse what cannot be a user's history; `columns` holds the array fields of all users, joined.
+
+    Raises BadInput for arrays of one series that differ in length, actions on interactions that are not there, and
+    bits of unknown actions. Order and ties of timestamps, unknown ids and NaN values are no errors.
+    """
+    for name, value in columns.items():
+        lead = "action_of" if name.startswith("action_") else "aux_slot" if name.startswith("aux_") else "item_id"
+        if len(value) != len(columns[lead]):
+            raise BadInput(f"{name} has {len(value)} entries for {len(columns[lead])} {_SERIES[lead]}; give one each")
+    limits = np.repeat([len(u) for u in users], [len(u.action_of) for u in users]) if users else np.zeros(0)
+    of = columns["action_of"]
+    if ((of < 0) | (of >= limits)).any():
+        raise BadInput("action_of points outside the user's interactions; it holds indices from 0 up")
+    for name in ("actions", "action_mask"):
+        if unknown := int(np.bitwise_or.reduce(columns[name], initial=0)) & ~_KNOWN_ACTIONS:
+            raise BadInput(f"{name} has bits of unknown actions ({unknown:#x}); known actions are {', '.join(ACTIONS)}")

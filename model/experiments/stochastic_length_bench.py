@@ -1,0 +1,143 @@
+"""Stochastic length on MovieLens-1M: how much training does not read, and what that costs.
+
+    python -m model.experiments.stochastic_length_bench --data path/to/ml-1m [--epochs 15] [--alphas 1.6,1.7,1.8,1.9,2]
+
+HSTU base, trained for the same number of passes with each alpha (arXiv 2402.17152, equation 4, N = 200) and, at the
+smallest alpha, with each way to choose the subsequence; measured on whole histories, as in ml1m. Sparsity as in the
+paper's table: the share of N that training does not read, and beside it the share of what is there. Prints a Markdown
+table; the last line is `RESULT {json}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from model.events import EVENT_DTYPES, UserEvents
+from model.experiments.ml1m_data import Histories, read_histories
+from model.experiments.ml1m_train import Metrics, RunConfig, evaluate, make_optimizer, train_epoch
+from model.sequential import NextItem
+from model.stochastic_length import StochasticLength
+
+LIMIT = 200
+SELECTIONS = ("weighted", "greedy", "uniform")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row: what was read and what came of it. Seconds: the median of a pass, without evaluation."""
+
+    alpha: float
+    selection: str
+    sparsity: float
+    unread: float
+    seconds: float
+    test: Metrics
+
+
+def shortened(data: Histories, rule: StochasticLength, epoch: int) -> Histories:
+    """What this pass reads: training items by the rule; the two held-out items stay."""
+    users = [_events(u, data.items[u][:-2], data.times[u][:-2]) for u in range(len(data))]
+    kept = rule.cut_all(users, epoch, keep_new=False)
+    items = [np.r_[cut.item_id, own[-2:]] for cut, own in zip(kept, data.items, strict=True)]
+    times = [np.r_[cut.timestamp, own[-2:]] for cut, own in zip(kept, data.times, strict=True)]
+    return Histories(items, times, data.catalogue)
+
+
+def _events(user: int, items: np.ndarray, times: np.ndarray) -> UserEvents:
+    arrays = {name: np.zeros(len(items), dtype=dtype) for name, dtype in EVENT_DTYPES.items()}
+    none = {name: np.zeros(0, dtype=d) for name, d in EVENT_DTYPES.items() if name.startswith(("action_", "aux_"))}
+    return UserEvents(user_id=user, new_from=0, **(arrays | none | {"item_id": items, "timestamp": times}))
+
+
+def measure(data: Histories, config: RunConfig, alpha: float, selection: str) -> Outcome:
+    """Train `epochs` passes with one rule, then test."""
+    torch.manual_seed(config.seed)
+    rule = StochasticLength(LIMIT, alpha, selection, config.seed)
+    model = NextItem(config.network(len(data.catalogue)))
+    optimizer = make_optimizer(model, config)
+    seconds, read = [], 0
+    for epoch in range(config.epochs):
+        part = shortened(data, rule, epoch)
+        start = time.perf_counter()
+        train_epoch(model, optimizer, part, config, epoch)
+        seconds.append(time.perf_counter() - start)
+        read += sum(len(items) - 2 for items in part.items)
+    there = sum(min(len(items) - 2, LIMIT) for items in data.items) * config.epochs
+    return Outcome(
+        alpha,
+        selection,
+        1 - read / (LIMIT * len(data) * config.epochs),
+        1 - read / there,
+        float(np.median(seconds)),
+        evaluate(model, data, held_out=1),
+    )
+
+
+def table(rows: Sequence[Outcome]) -> str:
+    """Markdown; the difference is against the last row of alpha 2 (nothing left out)."""
+    whole = next((row for row in reversed(rows) if row.alpha == 2), rows[-1])
+    lines = ["| alpha | selection | sparsity | not read of what is there | HR@10 | NDCG@10 | difference | s / pass |"]
+    lines.append("|---" * 8 + "|")
+    for row in rows:
+        change = row.test["ndcg@10"] / whole.test["ndcg@10"] - 1
+        lines.append(
+            f"| {row.alpha} | {row.selection if row.alpha < 2 else ''} | {row.sparsity:.1%} | {row.unread:.1%} | "
+            f"{row.test['hr@10']:.4f} | {row.test['ndcg@10']:.4f} | {change:+.1%} | {row.seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Outcome], path: Path) -> None:
+    """NDCG@10 by the share that is not read."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for selection in SELECTIONS:
+        points = [(r.unread * 100, r.test["ndcg@10"]) for r in rows if r.selection == selection]
+        axes.plot(*zip(*points, strict=True), "o-", label=selection) if points else None
+    axes.set(xlabel="% of the items not read in a pass", ylabel="test NDCG@10", title="Stochastic length, MovieLens-1M")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/ml-1m"), help="folder of MovieLens-1M")
+    parser.add_argument("--epochs", type=int, default=15, help="passes over the users")
+    parser.add_argument("--alphas", default="1.6,1.7,1.8,1.9,2", help="in (1, 2]; 2 reads everything")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    data = read_histories(options.data)
+    config = RunConfig(batch_users=32, epochs=options.epochs)
+    alphas = sorted(float(alpha) for alpha in options.alphas.split(","))
+    plan = [(alpha, "weighted") for alpha in alphas] + [(alphas[0], other) for other in SELECTIONS[1:]]
+    console, rows = Console(stderr=True), []
+    for alpha, selection in plan:
+        rows.append(measure(data, config, alpha, selection))
+        console.print(f"alpha {alpha}, {selection}: NDCG@10 {rows[-1].test['ndcg@10']:.4f}")
+    print(table(rows))
+    if options.plot:
+        plot(rows, options.plot)
+    result = {
+        f"{r.alpha}/{r.selection}": {"sparsity": round(r.sparsity, 4), "unread": round(r.unread, 4)} | r.test
+        for r in rows
+    }
+    print("RESULT " + json.dumps(result | {"epochs": options.epochs}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Requests as training examples: what the production network needs, whose input is relative to one request."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.errors import BadInput
+from model.dataset import SequenceDataset
+from model.events import UserEvents
+from model.hashing import uniform
+
+
+class RequestDataset(SequenceDataset):
+    """Row = one request of a user: the interactions before it as context, those of the request as targets.
+
+    Interactions of one user with equal timestamps are one request, since they see the same history. Every new
+    interaction is a target of exactly one row. Raises BadInput when a user's interactions are not ordered by time.
+    """
+
+    def __init__(self, users: SequenceDataset, reach: int, positive: int | None = None) -> None:
+        """reach: history tokens that a request can see at most; it bounds `tokens`.
+
+        positive: only the requests with one of these action bits on a new interaction.
+        """
+        self._users, self._reach = users, reach
+        offsets, time = users.bounds("item_id"), users.column("timestamp")
+        owner = np.repeat(np.arange(len(users)), np.diff(offsets))
+        place = np.arange(len(time)) - offsets[owner]
+        same = owner[1:] == owner[:-1]
+        if (same & (time[1:] < time[:-1])).any():
+            raise BadInput("request examples need interactions in order of time; sort them by (timestamp, request_id)")
+        first = np.r_[True, ~same | (time[1:] != time[:-1]) | (place[1:] == users.new_from[owner[1:]])][: len(time)]
+        start = np.flatnonzero(first)
+        stop = np.append(start[1:], len(time))[: len(start)]
+        new = place[start] >= users.new_from[owner[start]]
+        if positive is not None and len(start):
+            new &= (np.bitwise_or.reduceat(users.column("actions"), start) & positive) > 0
+        start, stop = start[new], stop[new]
+        self.owner, self.start, self.stop = owner[start], place[start], place[start] + stop - start
+        self.user_id = users.user_id[self.owner]
+        self.new_from = self.start
+        self._time = time[start]
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def __getitem__(self, index: int) -> UserEvents:
+        """The user's events up to and with the request."""
+        events = self._users[int(self.owner[index])]
+        return events.take(np.arange(self.stop[index]), int(self.start[index]))
+
+    def bounds(self, name: str) -> NDArray[np.int64]:
+        """Not known for requests: their histories overlap."""
+        raise BadInput("requests share their histories; ask the dataset of users for its columns")
+
+    def interactions(self) -> int:
+        return self._users.interactions()
+
+    def counts(self) -> NDArray[np.int64]:
+        return self.stop
+
+    def targets(self) -> int:
+        return int((self.stop - self.start).sum())
+
+    def tokens(self) -> NDArray[np.int64]:
+        of_user = self._users.tokens() - self._users.counts()  # action and auxiliary events, at most
+        return np.minimum(self.start + of_user[self.owner], self._reach) + self.stop - self.start
+
+    def first_new(self) -> NDArray[np.int64]:
+        return self._time
+
+    def emitted(self, seed: int, epoch: int) -> NDArray[np.bool_]:
+        """Generative sampling: each of a user's n requests with probability 1/n, so about one per user and pass."""
+        per_user = np.bincount(self.owner, minlength=len(self._users))[self.owner]
+        return uniform(seed, epoch, self.user_id, self.start, self._time) < 1.0 / per_user
+
+    def _with_targets(self) -> NDArray[np.int64]:
+        return np.arange(len(self))

@@ -1,0 +1,1 @@
+"""Triton kernels of the attention function: forward, gradient of the queries, gradient of the keys and values."""

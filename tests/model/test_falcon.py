@@ -1,0 +1,178 @@
+"""M-FALCON gives what one plain forward gives, whatever was kept and however it was cut."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.errors import BadInput
+from model import falcon
+from model.attention import Visibility
+from model.dataset import SequenceDataset
+from model.falcon import KeyValues, Rows
+from model.hstu import Hstu, HstuConfig
+from model.inputs import Queries, UserEvents
+from model.ranker import Ranker, RankerConfig, ScoreCache
+from model.scoring import score_tokens
+from model.trainer import Trainer
+from tests.model.make import SECOND, START, catalogue, table, user
+
+NOW = START + 10**13
+IDS = np.arange(1, 31)
+
+
+def stack(layers: int, **options: object) -> Hstu:
+    torch.manual_seed(1)
+    config = HstuConfig(dim=6, layers=layers, heads=2, dqk=3, dv=5, positions=9, dropout=0.0, **options)
+    return Hstu(config).double().eval()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 20),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.sampled_from([{}, {"softmax": True}, {"gate": "concat_raw", "silu_all": False, "scale_scores": True}]),
+)
+def test_candidates_over_kept_keys_and_values_equal_one_forward(
+    history: int, count: int, microbatch: int, window: int, layers: int, seed: int, options: dict
+) -> None:
+    model, random = stack(layers, **options), np.random.default_rng(seed)
+    total, cut = history + count, int(random.integers(0, history + 1))
+    x = torch.from_numpy(random.normal(size=(total, 6)))
+    time = torch.from_numpy(np.sort(random.integers(0, 10**6, total)))
+    end = torch.arange(total).clamp(max=history)
+    begin = (end - window).clamp(min=0)
+    whole = model(x, Visibility(torch.tensor([0, total]), begin, end), time, time)
+    rows = Rows(x, begin, end, time)
+    kept = KeyValues.empty(model, x)
+    for first, last in ((0, cut), (cut, history)):  # in two pieces: the second is new events after the kept ones
+        kept = falcon.extend(model, kept, rows.part(first, last), time[first:last])
+    assert len(kept) == history
+    got = falcon.score_rows(model, kept, rows.part(history, total), microbatch)
+    torch.testing.assert_close(got, whole[history:], rtol=0, atol=1e-12)
+
+
+SETTINGS = [
+    {},
+    {"context": "user", "positions": 8},
+    {"variant": "production"},
+    {"variant": "production", "context": "user,page"},
+    {"relative_bias": "none", "use_aux": True, "softmax": True},
+]
+
+
+def small(**options: object) -> Ranker:
+    base = {"heads": "click,watch", "dim": 8, "head_dim": 4, "window": 7, "init_scale": 0.3, "bias_slots": "item,user"}
+    model = Ranker(RankerConfig(**(base | options)), catalogue())
+    data = SequenceDataset(table([user(i, 12, 9) for i in range(10)]))
+    Trainer(model).fit(data, epochs=1)
+    return model
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: ",".join(map(str, s.values())) or "default")
+def ranker(request: pytest.FixtureRequest) -> Ranker:
+    return small(**request.param)
+
+
+def test_the_served_scores_are_those_of_the_plain_forward(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(falcon, "MICROBATCH", 7)
+    for count in (0, 1, 5, 40):
+        history = user(3, count, 5, items=60)
+        for now in (NOW, START + 3000 * SECOND):
+            plain = ranker.score_plain(history, IDS, now, 1)
+            np.testing.assert_allclose(ranker.score(history, IDS, now, 1), plain, atol=1e-6)
+
+
+def test_in_float64_the_served_outputs_equal_the_plain_ones(ranker: Ranker) -> None:
+    tokens = ranker.build([user(3, 25, 5)], [Queries.candidates(IDS, NOW, 1)], cut=True)
+    ranker.eval()
+    with torch.no_grad():
+        x = ranker.embed(tokens).double()
+        model = Hstu(ranker.hstu.config).double().eval()
+        model.load_state_dict(ranker.hstu.state_dict())
+        plain = model(x, tokens.seen, tokens.query_time, tokens.key_time)[tokens.targets]
+        first, seen = len(tokens) - len(IDS), tokens.seen
+        rows = Rows(x, seen.begin, seen.end, tokens.query_time, seen.prefix)
+        kept = falcon.extend(model, KeyValues.empty(model, x), rows.part(0, first), tokens.key_time[:first])
+        got = falcon.score_rows(model, kept, rows.part(first, len(tokens)), 4)
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-12)
+
+
+def known_until(events: UserEvents, count: int) -> UserEvents:
+    """The first interactions, with the action events that were known when the last of them happened."""
+    cut = events.take(np.arange(count), 0)
+    seen = cut.action_known_at <= (cut.timestamp[-1] if count else 0)
+    parts = {name: getattr(cut, name)[seen] for name in vars(cut) if name.startswith("action_")}
+    return dataclasses.replace(cut, **parts)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 50))
+def test_a_cache_kept_between_requests_changes_no_score(counts: list[int], seed: int) -> None:
+    """Also when the history grows, shrinks, is cut by the reach of the layers, or is another user's."""
+    model, events, cache = MODELS.setdefault("plain", small()), user(4, 30, seed), ScoreCache()
+    for step, count in enumerate(counts):
+        owner = events if step != 3 else user(5, 30, seed)
+        history = known_until(owner, count)
+        now = int(history.timestamp[-1]) + 1 if count else START
+        expected = model.score_plain(history, IDS[:5], now)
+        np.testing.assert_allclose(model.score(history, IDS[:5], now, cache=cache), expected, atol=1e-6)
+
+
+MODELS: dict[str, Ranker] = {}
+
+
+@pytest.mark.parametrize("context", ["", "user"])
+def test_a_growing_history_is_extended_and_not_encoded_again(context: str) -> None:
+    model, events, cache = small(context=context, positions=8), user(4, 30, 2), ScoreCache()
+    for count in range(20, 30):
+        history = known_until(events, count)
+        now = int(history.timestamp[-1]) + 1
+        expected = model.score_plain(history, IDS, now)
+        np.testing.assert_allclose(model.score(history, IDS, now, cache=cache), expected, atol=1e-6)
+        if count > 20:
+            assert cache.reused >= 10 and cache.added <= 8
+    model.score(history, IDS[:3], now, cache=cache)
+    assert cache.added == 0, "nothing new, nothing to encode"
+
+
+def test_a_cache_made_with_other_parameters_is_not_used() -> None:
+    model, history, cache = small(), user(4, 12, 2), ScoreCache()
+    model.score(history, IDS, NOW, cache=cache)
+    for change in (
+        lambda: model.tables()["item"].upsert(history.item_id[-1:], np.full((1, 8), 3.0, np.float32)),
+        lambda: model.load_state_dict({name: value + 0.1 for name, value in model.state_dict().items()}),
+    ):
+        change()
+        expected = model.score_plain(history, IDS, NOW)
+        np.testing.assert_allclose(model.score(history, IDS, NOW, cache=cache), expected, atol=1e-6)
+        assert cache.reused == 0
+    model.score(history, IDS, NOW, cache=cache)
+    assert cache.added == 0
+
+
+def test_the_tokens_of_several_users_cannot_share_a_cache() -> None:
+    model = small()
+    query = Queries.candidates(IDS, NOW, 0)
+    with pytest.raises(BadInput, match="one user"):
+        score_tokens(model, model.build([user(1, 3), user(2, 3)], [query, query]), ScoreCache())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
+    model, history, cache = small(), user(4, 25, 2), ScoreCache()
+    expected = model.score(history, IDS, NOW)
+    model.place(torch.device("cuda"))
+    for _ in range(2):
+        np.testing.assert_allclose(model.score(history, IDS, NOW, cache=cache), expected, atol=1e-5)
+    np.testing.assert_allclose(model.score(history, IDS, NOW), expected, atol=1e-5)

@@ -1,0 +1,212 @@
+"""The MovieLens protocol: order, split and candidates; the command on a small synthetic log, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.errors import BadInput
+from model.experiments import ml1m, ml1m_rectools, stochastic_length_bench
+from model.experiments.ml1m_data import Histories, group_by_user, questions, read_histories, training_batches
+from model.experiments.ml1m_train import RunConfig, evaluate, logged_run
+from model.sequential import ItemHistories, NextItem
+from model.stochastic_length import StochasticLength
+
+CONFIG = """
+title = "small"
+seeds = 2
+[run]
+batch_users = 8
+epochs = 2
+[run.model]
+dim = 8
+head_dim = 8
+"""
+
+
+def write_log(folder: Path, users: int = 20, seed: int = 0) -> Path:
+    """ratings.dat of users with 4 to 30 items; many equal seconds; file order not by user."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for user in range(1, users + 1):
+        items = random.permutation(np.arange(1, 60))[: random.integers(4, 31)]
+        rows += [(user, int(item), 5, 1_000_000 + 60 * int(random.integers(0, 10))) for item in items]
+    order = random.permutation(len(rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ratings.dat").write_text("".join("::".join(map(str, rows[i])) + "\n" for i in order))
+    return folder
+
+
+def test_ratings_of_one_second_keep_the_order_of_the_file() -> None:
+    got = group_by_user(
+        np.array([1, 1, 1, 1, 1]), np.array([50, 40, 30, 20, 10]), np.array([7, 5, 7, 5, 6])
+    )  # file order 50 .. 10
+    assert got.catalogue[got.items[0]].tolist() == [40, 20, 10, 50, 30]
+    assert got.times[0].tolist() == [5, 5, 6, 7, 7]
+
+
+def test_users_with_too_few_items_are_left_out() -> None:
+    got = group_by_user(np.array([1] * 3 + [2] * 4), np.arange(7), np.arange(7))
+    assert len(got) == 1 and got.catalogue[got.items[0]].tolist() == [3, 4, 5, 6]
+    with pytest.raises(BadInput, match="leave-one-out"):
+        group_by_user(np.array([1, 1]), np.array([1, 2]), np.array([1, 2]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(4, 20), min_size=1, max_size=6), st.integers(1, 8), st.integers(1, 4))
+def test_the_split_holds_out_the_last_two_items_and_nothing_else(
+    counts: list[int], max_length: int, batch: int
+) -> None:
+    user = np.repeat(np.arange(len(counts)), counts)
+    data = group_by_user(user, np.arange(len(user)), np.arange(len(user)) * 10)
+    trained: set[int] = set()
+    for one in training_batches(data, batch, max_length, 0, 0):
+        torch.testing.assert_close(one.wanted, one.histories.item + 1)  # items are numbered in order: the next is + 1
+        torch.testing.assert_close(one.histories.next_time, one.histories.time + 10)
+        trained |= set(one.wanted.tolist()) | set(one.histories.item.tolist())
+    ends = np.cumsum(counts)
+    assert trained == {
+        i for end, n in zip(ends, counts, strict=True) for i in range(end - min(n, max_length + 3), end - 2)
+    }
+    for held_out in (2, 1):
+        asked = list(questions(data, batch, max_length, held_out=held_out))
+        assert sorted(i for q in asked for i in q.wanted.tolist()) == sorted((ends - held_out).tolist())
+        for q in asked:
+            assert torch.equal(q.histories.item[q.histories.last()] + 1, q.wanted)
+            assert torch.equal(q.histories.next_time[q.histories.last()], q.wanted * 10)
+            owner, seen = q.seen
+            for row, target in enumerate(q.wanted.tolist()):
+                own = int(user[target])
+                assert seen[owner == row].tolist() == list(range(int(ends[own]) - counts[own], target))
+
+
+class Fixed(NextItem):
+    """Scores that are the same for everybody."""
+
+    def scores(self, batch: ItemHistories) -> torch.Tensor:
+        return torch.arange(self.config.items).float().expand(len(batch.lengths), -1).clone()
+
+
+def test_seen_items_are_no_candidates_and_ties_count_against_the_target() -> None:
+    """Items 0 .. 9 scored by number; the user has seen 5 .. 9 in training, then 3 (validation), then 2 (test)."""
+    items = np.array([9, 8, 7, 6, 5, 3, 2])
+    data = Histories([items], [np.arange(7)], np.arange(10))
+    model = Fixed(RunConfig().network(10))
+    assert evaluate(model, data, held_out=2)["ndcg@10"] == pytest.approx(1 / np.log2(1 + 2))  # only 4 is before 3
+    assert evaluate(model, data, held_out=1)["ndcg@10"] == pytest.approx(1 / np.log2(1 + 2))  # 4; 3 has been seen
+
+
+def test_equal_scores_count_against_the_target() -> None:
+    class Equal(NextItem):
+        def scores(self, batch: ItemHistories) -> torch.Tensor:
+            return torch.zeros(len(batch.lengths), self.config.items)
+
+    data = Histories([np.arange(4)], [np.arange(4)], np.arange(300))
+    found = evaluate(Equal(RunConfig().network(300)), data, held_out=1)
+    assert found["hr@200"] == 0
+
+
+def test_the_command_end_to_end_and_a_second_time_from_its_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, configs = write_log(tmp_path / "data"), tmp_path / "configs"
+    configs.mkdir()
+    (configs / "small.toml").write_text(CONFIG)
+    (configs / "rival.toml").write_text(CONFIG.replace("head_dim = 8", 'encoder = "sasrec"').replace("= 2", "= 1", 1))
+    arguments = [f"--data={data}", f"--configs={configs}", "--only=small,rival", f"--logs={tmp_path / 'logs'}"]
+    arguments += ["--threads=1", f"--plot={tmp_path / 'images' / 'plot.png'}"]
+    ml1m.main(arguments)
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1].removeprefix("RESULT "))
+    assert result["users"] == 20 and 0 <= result["small/ndcg@10"] <= 1 and "rival/hr@200" in result
+    assert len(list((tmp_path / "logs").glob("small-seed*.jsonl"))) == 2
+    assert (tmp_path / "images" / "plot.png").stat().st_size > 1000
+    monkeypatch.setattr("model.experiments.ml1m_train.run", lambda *_: pytest.fail("a finished run was run again"))
+    ml1m.main(arguments)
+    assert capsys.readouterr().out == printed
+
+
+def test_a_log_of_other_settings_or_without_a_result_is_begun_anew(tmp_path: Path) -> None:
+    data = read_histories(write_log(tmp_path))
+    config = RunConfig(epochs=1, model={"dim": 4, "head_dim": 4})
+    path = tmp_path / "log.jsonl"
+    first = logged_run(data, config, path)
+    unfinished = "\n".join(path.read_text().splitlines()[:-1]) + '\n{"epo'
+    path.write_text(unfinished)
+    assert logged_run(data, config, path).test == first.test
+    other = logged_run(data, config.model_copy(update={"seed": 1}), path)
+    assert other.test != first.test
+    assert json.loads(path.read_text().splitlines()[0])["settings"]["seed"] == 1
+
+
+def test_training_learns_what_follows_what(tmp_path: Path) -> None:
+    """Everybody walks the same ring of items: after a few passes the next one is at the top."""
+    user = np.repeat(np.arange(30), 20)
+    item = (np.arange(600) + user * 7) % 40
+    data = group_by_user(user, item, np.arange(600))
+    config = RunConfig(batch_users=8, epochs=15, lr=5e-3, model={"dim": 16, "head_dim": 16, "normaliser": 8.0})
+    assert logged_run(data, config, tmp_path / "log.jsonl").test["hr@10"] > 0.9
+
+
+@pytest.mark.parametrize("path", sorted(ml1m.CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_can_be_run(path: Path) -> None:
+    entry = ml1m.read_entry(path)
+    assert entry.run.network(100).items == 100
+
+
+def test_every_model_of_the_command_has_a_config() -> None:
+    assert {path.stem for path in ml1m.CONFIGS.glob("*.toml")} >= set(ml1m.ORDER)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("title = 3", "no config of a run"), ("[", "no config of a run"), (None, "known are none")]
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        ml1m.read_entry(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "is not there"), ("1::2::x::4", "no list"), ("1::2", "no list")])
+def test_ratings_that_cannot_be_read_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "ratings.dat").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        read_histories(tmp_path)
+
+
+def test_the_other_library_trains_on_our_training_items_alone(tmp_path: Path) -> None:
+    data = read_histories(write_log(tmp_path))
+    ml1m_rectools.write_training_log(data, tmp_path / "train.csv")
+    rows = np.loadtxt(tmp_path / "train.csv", delimiter=",", skiprows=1, dtype=np.int64)
+    assert len(rows) == sum(len(items) - 2 for items in data.items)
+    assert rows[rows[:, 0] == 3, 1].tolist() == data.items[3][:-2].tolist()
+
+
+def test_stochastic_length_leaves_the_held_out_items_and_the_order_alone(tmp_path: Path) -> None:
+    data = read_histories(write_log(tmp_path))
+    rule = StochasticLength(20, 1.6)
+    part = stochastic_length_bench.shortened(data, rule, 0)
+    whole = stochastic_length_bench.shortened(data, StochasticLength(200, 2.0), 0)
+    lengths = {len(items) - 2 for items in part.items}
+    assert max(lengths) <= 20 and rule.short in lengths
+    for short, full, untouched in zip(part.items, data.items, whole.items, strict=True):
+        assert short[-2:].tolist() == full[-2:].tolist() and untouched.tolist() == full.tolist()
+        places = [full.tolist().index(item) for item in short]
+        assert places == sorted(places)
+
+
+def test_the_stochastic_length_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_log(tmp_path)
+    plot = tmp_path / "plot.png"
+    stochastic_length_bench.main([f"--data={data}", "--epochs=1", "--alphas=1.6,2", "--threads=1", f"--plot={plot}"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert set(result) == {"1.6/weighted", "2.0/weighted", "1.6/greedy", "1.6/uniform", "epochs"}
+    assert result["2.0/weighted"]["unread"] == 0 and plot.stat().st_size > 1000
