@@ -42,8 +42,8 @@ browser: setup ## look at the UIs of a running demo with headless Chromium; writ
 	@$(VENV)/bin/uv pip install -q -p $(VENV) -r infra/browser-requirements.txt
 	@$(PY) -m pytest -m browser tests/browser
 
-sanitize: setup ## the C++ tests under ASan and UBSan
-	@$(MAKE) --no-print-directory -C csrc asan PYTHON="$(CURDIR)/$(PY)"
+sanitize: setup ## the C++ tests under ASan with UBSan, and under TSan
+	@$(MAKE) --no-print-directory -C csrc asan tsan PYTHON="$(CURDIR)/$(PY)"
 
 demo: setup ## the whole loop on a synthetic world, or on DATA=path/to/KuaiRand-Pure
 	@$(PY) -m infra.local.demo $(if $(DATA),--data "$(DATA)")
@@ -56,6 +56,15 @@ down: ## stop what `make up` or `make demo` started
 
 bench-kuairand: setup ## HSTU ranker against the item-user rate baselines (DATA=path/to/KuaiRand-Pure)
 	@$(PY) -m model.experiments.kuairand --threads=1 --data "$(or $(DATA),../shared/data/KuaiRand-Pure)"
+
+bench-table: setup ## the embedding table beside its peers (installs libcuckoo-dev and libabsl-dev)
+	@$(PY) -m model.experiments.bench_table $(if $(QUICK),--quick)
+
+bench-collisions: setup ## what id collisions cost, and what admission and expiry save (DATA=path/to/ml-1m)
+	@$(PY) -m model.experiments.collisions --data "$(or $(DATA),../shared/data/ml-1m)"
+
+bench-hstu: setup ## training steps, attention and ranking beside faithful PyTorch references
+	@$(PY) -m model.experiments.bench_hstu
 
 lock: $(STAMP) ## resolve requirements.in again
 	@$(VENV)/bin/uv pip install -q -p $(VENV) -r requirements.in

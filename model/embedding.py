@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from components.errors import BadInput
 from components.schemas import ACTIONS
 from model.inputs import ACTION, CONTEXT, IMPRESSION, KINDS, REQUEST, VALUE_BUCKETS, Tokens
+from model.policies import FEATURES, policies
 from model.settings import ModelConfig
 from model.table import EmbeddingTable
 
-SLOTS = ("item", "author", "category", "page", "duration", "user")
-
 
 def make_table(config: ModelConfig, slot: str, dim: int, *, init_scale: float | None = None) -> EmbeddingTable:
-    """A table with the model's row optimiser and seed."""
+    """A table with the model's row optimiser, policies and seed."""
     return EmbeddingTable(
         slot,
         dim,
@@ -24,6 +23,7 @@ def make_table(config: ModelConfig, slot: str, dim: int, *, init_scale: float | 
         init_scale=config.init_scale if init_scale is None else init_scale,
         seed=config.seed,
         initial_accumulator=config.table_accumulator,
+        **policies(config, slot),
     )
 
 
@@ -34,8 +34,8 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.config = config
         names = config.slot_names()
-        if unknown := sorted(set(names) - set(SLOTS)):
-            raise BadInput(f"unknown slots {', '.join(unknown)}; known are {', '.join(SLOTS)}")
+        if unknown := sorted(set(names) - set(FEATURES)):
+            raise BadInput(f"unknown slots {', '.join(unknown)}; known are {', '.join(FEATURES)}")
         self.tables = nn.ModuleDict({name: make_table(config, name, config.dim) for name in names})
         self.context = nn.ModuleDict(
             {name: make_table(config, f"context_{name}", config.dim) for name in config.context_slots()}

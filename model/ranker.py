@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from components.errors import BadInput
 from components.schemas import action_bit
 from model.catalogue import Int64s, ItemCatalogue
-from model.embedding import SLOTS
 from model.hashing import uniform
 from model.heads import make_head
 from model.inputs import Queries, Tokens, UserEvents
 from model.losses import log_seconds_error, sampled_binary_cross_entropy
 from model.metrics import auc, calibration, normalised_entropy
+from model.policies import FEATURES, policies
 from model.scoring import ScoreCache, score_tokens
 from model.sequence_model import SequenceModel
 from model.settings import ModelConfig, RankerConfig
@@ -38,8 +38,8 @@ class Ranker(SequenceModel):
         self.head_names = config.head_names()
         if not self.head_names:
             raise BadInput("a ranker needs at least one head; set heads, e.g. click,long_view")
-        if unknown := sorted(set(config.bias_names()) - set(SLOTS)):
-            raise BadInput(f"unknown bias slots {', '.join(unknown)}; known are {', '.join(SLOTS)}")
+        if unknown := sorted(set(config.bias_names()) - set(FEATURES)):
+            raise BadInput(f"unknown bias slots {', '.join(unknown)}; known are {', '.join(FEATURES)}")
         self.regression_names = config.regression_names()
         if unknown := sorted(set(self.regression_names) - set(REGRESSIONS)):
             raise BadInput(f"unknown regression {', '.join(unknown)}; known is {', '.join(REGRESSIONS)}")
@@ -62,6 +62,7 @@ class Ranker(SequenceModel):
             init_scale=0.0,
             seed=self.config.seed,
             initial_accumulator=self.config.bias_accumulator,
+            **policies(self.config, slot),
         )
 
     def table_lr(self, slot: str, continual: bool) -> float:

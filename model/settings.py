@@ -67,6 +67,14 @@ class ModelConfig(BaseModel):
     table_accumulator: float = Field(
         default=30.0, ge=0, description="Start of the Adagrad sums: larger = slower for rare ids"
     )
+    table_admission: str = Field(
+        default="",
+        description="Occurrences from which an id gets a row, by feature, as item=5,user=2; others from the first",
+    )
+    table_ttl_days: str = Field(
+        default="",
+        description="Days of event time after which a row that was not updated expires, by feature, as user=90",
+    )
     epochs: int = Field(
         default=2, ge=1, le=1000, description="Passes over the data in pretraining (a window is passed once)"
     )

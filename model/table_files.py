@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
@@ -109,7 +110,7 @@ class SnapshotManifest:
             blocks = tuple(Block(**block) for block in fields.pop("blocks"))
             manifest = cls(blocks=blocks, newcomers=tuple(fields.pop("newcomers")), **fields)
             intact = manifest.encode() == data
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CorruptLog(f"{path} is no snapshot manifest ({error}); {REMEDY}") from error
         if not intact:
             raise CorruptLog(f"{path} is damaged: its checksum does not fit; {REMEDY}")
@@ -135,7 +136,7 @@ class SnapshotWriter:
     def __enter__(self) -> SnapshotWriter:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise AlreadyExists(f"{self.folder} is not empty; give every snapshot a folder of its own")
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(self.folder.parent)
         _remove_abandoned(self.folder)
         self.temporary = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(6)}.tmp")
         self.temporary.mkdir()
@@ -188,6 +189,13 @@ class SnapshotWriter:
         return manifest
 
 
+def _make_folders(folder: Path) -> None:
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+        sync_folder(parent.parent)
+
+
 def _write_all(file: IO[bytes], values: Array) -> None:
     left = values.reshape(-1).view(np.uint8).data
     while left:
@@ -206,7 +214,7 @@ def _try_lock(folder: Path, until: ExitStack) -> bool:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         with suppress(FileNotFoundError), ExitStack() as stack:  # another writer may be faster
             if _try_lock(left, stack):
                 shutil.rmtree(left)

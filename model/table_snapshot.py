@@ -42,8 +42,8 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
 
     Weights, optimiser state, bookkeeping, candidates, tombstones and the consumers' epochs are all of that moment.
     Other threads may go on training; gradients that wait for `step` are not part of the table. The folder appears when
-    all of it is on the disk. AlreadyExists if it is taken; RuntimeError if another snapshot of the table is in progress, or
-    if no memory was left for rows that training changed meanwhile; OSError if the disk refuses.
+    all of it is on the disk. AlreadyExists if it is taken; RuntimeError if another snapshot of it is in progress,
+    or if no memory was left for rows that training changed meanwhile; OSError if the disk refuses.
     """
     with SnapshotWriter(folder) as writer:
         with table._consumers_lock:  # nobody's epoch can be ahead of the moment
@@ -129,6 +129,8 @@ def _check_settings(table: EmbeddingTable, manifest: SnapshotManifest, folder: P
         )
     if (table.dim, table.state_dim) != (manifest.dim, manifest.state_dim):
         raise CorruptLog(f"{folder} has rows of another size than its settings say; {REMEDY}")
+    if manifest.total("candidates") and table.settings["admission_threshold"] == 1:
+        raise BadInput(f"{folder} has ids that wait for admission; give the table an admission_threshold above 1")
 
 
 def _joined(readers: list[SnapshotReader]) -> SnapshotManifest:

@@ -131,7 +131,8 @@ class EmbeddingTable {
   };
   std::size_t upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads);
 
-  // Makes ids[n] candidates with the words that an export gave; ids with a row are left alone.
+  // Makes ids[n] candidates with the words that an export gave; ids with a row are left alone. std::invalid_argument for
+  // a table without an admission threshold.
   void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
 
   // Marks the rows of ids as seen at now_us, if ttl_on_access. std::bad_alloc: some of them are, some are not.
@@ -204,6 +205,7 @@ class EmbeddingTable {
   std::size_t update_rows(Group& group, const Gradients& gradients, float lr, Seconds now) noexcept;
   void update_fresh(const Group& group, const Item& item, const Gradients& gradients, float lr,
                     float* floats) const noexcept;
+  void list_newcomers(Group& group);
   Verdict admit(const Item& item, const Newcomer& newcomer) const noexcept;
   std::size_t judge();
   template <typename Write>
@@ -213,8 +215,9 @@ class EmbeddingTable {
   void init_floats(std::int64_t id, float* floats) const noexcept;
   void put_row(const Rows& rows, std::size_t i, RowMeta& meta, float* floats) const noexcept;
   void count_candidate(const Item& item, Newcomer& newcomer, Seconds now);
-  void save_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept;
+  void keep_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept;
   void roll_back() noexcept;
+  void undo(std::int64_t id, const Newcomer& newcomer) noexcept;
 
   SnapshotScan* snapshot_scan() const noexcept { return snapshot_.load(std::memory_order_relaxed); }
   struct Erased {

@@ -129,7 +129,7 @@ std::size_t EmbeddingTable::judge() {
 void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer, Seconds now) {
   const std::uint64_t hash = hash_id(item.id);
   Shard& shard = shard_of(hash);
-  if (snapshot_scan() != nullptr) save_candidate(item.id, newcomer);
+  keep_candidate(item.id, newcomer);
   const Candidate before = newcomer.was_candidate ? Candidate::from(newcomer.word) : Candidate{0, 0};
   const bool newer = !newcomer.was_candidate || (now != 0 && (before.hour == 0 || before.age_hours(now) < 0x8000));
   const std::uint32_t hour = newer ? Candidate::hour_of(now) : before.hour;
@@ -139,30 +139,36 @@ void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer, Secon
   newcomer.done = true;
 }
 
-void EmbeddingTable::save_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept {
+void EmbeddingTable::keep_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept {
+  if (config_.admission != Admission::kThreshold) return;  // there are no candidates that a snapshot could miss
+  SnapshotScan::Keeper keeper(snapshot_scan());
   if (newcomer.was_candidate) {
-    snapshot_scan()->save_candidate(id, newcomer.word);
+    keeper.keep_candidate(id, newcomer.word);
   } else {
-    snapshot_scan()->save_no_candidate(id);
+    keeper.keep_no_candidate(id);
   }
 }
 
 void EmbeddingTable::roll_back() noexcept {
-  for (std::size_t g = 0; g < active_groups_; ++g) {
-    for (const Newcomer& newcomer : groups_[g]->newcomers) {
-      if (!newcomer.done) continue;
-      const std::int64_t id = groups_[g]->items[newcomer.item].id;
-      const std::uint64_t hash = hash_id(id);
-      Shard& shard = shard_of(hash);
-      const Index::Place place = shard.index().locate(id, hash);
-      if (newcomer.verdict == Verdict::kCandidate && newcomer.was_candidate) {
-        shard.put_candidate(place, id, hash, newcomer.word);
-      } else if (!newcomer.was_candidate) {
-        shard.remove(place, hash);
-      } else {
-        shard.demote(place, id, hash, newcomer.word);
+  for (const bool candidates : {false, true}) {
+    for (std::size_t g = 0; g < active_groups_; ++g) {
+      for (const Newcomer& newcomer : groups_[g]->newcomers) {
+        if (newcomer.done && newcomer.was_candidate == candidates) undo(groups_[g]->items[newcomer.item].id, newcomer);
       }
     }
+  }
+}
+
+void EmbeddingTable::undo(std::int64_t id, const Newcomer& newcomer) noexcept {
+  const std::uint64_t hash = hash_id(id);
+  Shard& shard = shard_of(hash);
+  const Index::Place place = shard.index().locate(id, hash);
+  if (!newcomer.was_candidate) {
+    shard.remove(place, hash);
+  } else if (newcomer.verdict == Verdict::kCandidate) {
+    shard.put_candidate(place, id, hash, newcomer.word);
+  } else {
+    shard.demote(place, id, hash, newcomer.word);
   }
 }
 

@@ -17,8 +17,8 @@ using freshet::TableConfig;
 using freshet::TableStats;
 using freshet::WhenFull;
 
-constexpr int kOperations = FRESHET_TSAN ? 60 : 160;
-constexpr std::uint64_t kPrograms = FRESHET_TSAN ? 6 : 30;
+constexpr int kOperations = kSanitized ? 100 : 160;
+constexpr std::uint64_t kPrograms = kSanitized ? 10 : 30;
 
 // All combinations that matter meet within a few seeds.
 TableConfig config_of_program(std::uint64_t seed) {
@@ -31,7 +31,7 @@ TableConfig config_of_program(std::uint64_t seed) {
   config.ttl_us = seed % 2 == 0 ? 6 * kHour : 0;
   config.ttl_on_access = seed % 4 == 2;
   config.sweep_steps = seed % 8 < 4 ? 16 : 3;
-  config.min_rows = seed % 3 == 0 ? 150 : 0;
+  config.min_rows = seed % 3 == 0 ? 700 : 0;
   config.optimizer.initial_accumulator = seed % 3 == 1 ? 0.1F : 0.0F;
   config.optimizer.l1 = 0.01F;
   config.optimizer.l2 = 0.001F;
@@ -74,8 +74,8 @@ void check_counters(const TableStats& a, const TableStats& b) {
   CHECK(a.refused_batches == b.refused_batches && a.postponed_sweeps == 0);
 }
 
-// One table under test. It may be replaced by one that is restored from its snapshot, with another number of shards; that
-// one is then told what happened since the moment of the snapshot, and has to be equal from there on.
+// One table under test. It may be replaced by one that is restored from its snapshot, with another number of shards;
+// that one is then told what happened since the moment of the snapshot, and has to be equal from there on.
 class Subject {
  public:
   Subject(const TableConfig& config, unsigned shards, std::size_t threads) : config_(config) {

@@ -33,6 +33,7 @@ EmbeddingTable::Erased EmbeddingTable::erase_keys(const std::vector<std::int64_t
     if (per_shard[s] != 0) shards_[s]->reserve_erasures(epoch(), per_shard[s]);
   }
   Erased erased;
+  SnapshotScan::Keeper keeper(snapshot_scan());
   for (const std::int64_t key : keys) {
     const std::uint64_t hash = hash_id(key);
     Shard& shard = shard_of(hash);
@@ -40,10 +41,10 @@ EmbeddingTable::Erased EmbeddingTable::erase_keys(const std::vector<std::int64_t
     if (place.bucket == nullptr) continue;
     const Handle handle = place.bucket->at(place.slot);
     if (is_row(handle)) {
-      if (snapshot_scan() != nullptr) snapshot_scan()->save_row(key, shard.floats(handle), shard.meta(handle));
+      keeper.keep_row(key, shard.floats(handle), shard.meta(handle));
       ++erased.rows;
     } else {
-      if (snapshot_scan() != nullptr) snapshot_scan()->save_candidate(key, shard.candidate(handle).word.load());
+      keeper.keep_candidate(key, shard.candidate(handle).word.load());
       ++erased.candidates;
     }
     shard.erase(place, key, hash);
@@ -139,6 +140,9 @@ void EmbeddingTable::evict_neighbours() {
 }
 
 void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words) {
+  if (n != 0 && config_.admission != Admission::kThreshold) {
+    throw std::invalid_argument("only a table with an admission threshold has candidates; restore them into one");
+  }
   const std::lock_guard<std::mutex> writing(write_mutex_);
   const Reclaimer::Guard guard(reclaimer_);
   for (std::size_t i = 0; i < n; ++i) {
@@ -147,10 +151,11 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
     const Index::Place place = shard.index().locate(ids[i], hash);
     const Handle before = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
     if (is_row(before)) continue;
-    if (snapshot_scan() != nullptr && before != kAbsent) {
-      snapshot_scan()->save_candidate(ids[i], shard.candidate(before).word.load());
-    } else if (snapshot_scan() != nullptr) {
-      snapshot_scan()->save_no_candidate(ids[i]);
+    SnapshotScan::Keeper keeper(snapshot_scan());
+    if (before != kAbsent) {
+      keeper.keep_candidate(ids[i], shard.candidate(before).word.load());
+    } else {
+      keeper.keep_no_candidate(ids[i]);
     }
     shard.reserve_changes(epoch(), 1);
     shard.put_candidate(place, ids[i], hash, words[i]);
@@ -174,7 +179,7 @@ void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, std::int64_t 
     if (meta.last_seen.load(std::memory_order_relaxed) >= now) continue;
     shard.reserve_changes(epoch(), 1);
     const BucketLock lock(*place.bucket);
-    if (snapshot_scan() != nullptr) snapshot_scan()->save_row(ids[i], shard.floats(handle), meta);
+    SnapshotScan::Keeper(snapshot_scan()).keep_row(ids[i], shard.floats(handle), meta);
     meta.see(now);
     shard.mark_dirty(ids[i], meta, epoch());
   }

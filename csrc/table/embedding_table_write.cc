@@ -16,7 +16,6 @@ namespace freshet {
 template <typename Write>
 FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write& write) noexcept {
   WriteFlight flight;
-  SnapshotScan* const scan = snapshot_scan();
   const std::size_t n = group.items.size();
   std::size_t written = 0;
   for (std::size_t first = 0; first < n; first += WriteFlight::kBlock) {
@@ -25,24 +24,29 @@ FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write&
     flight.send(
         count, float_bytes(), [items](std::size_t i) { return items[i].id; },
         [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); });
+    SnapshotScan::Keeper keeper(snapshot_scan());
     for (std::size_t i = 0; i < count; ++i) {
       const Item& item = items[i];
-      const std::uint64_t hash = flight.hash[i];
-      Shard& shard = shard_of(hash);
-      Index::Place place = shard.index().locate_from(flight.span[i], item.id, hash);
-      if (place.bucket == nullptr && !flight.span[i].at_home()) place = shard.index().locate(item.id, hash);
-      const Handle handle = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
-      if (!is_row(handle)) {
-        const bool candidate = is_candidate(handle);
-        group.newcomers.push_back({static_cast<std::uint32_t>(first + i), Verdict::kInsert, false, candidate,
-                                   candidate ? shard.candidate(handle).word.load(std::memory_order_relaxed) : 0});
-        continue;
+      Shard& shard = shard_of(flight.hash[i]);
+      Bucket* bucket = flight.span[i].bucket;
+      RowMeta* meta = flight.header[i];
+      float* floats = flight.row[i];
+      if (meta == nullptr || meta->key.load() != item.id) {  // not plain: another key with the same tag, or none
+        const Index::Place place = shard.index().locate(item.id, flight.hash[i]);
+        const Handle handle = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
+        if (!is_row(handle)) {
+          const bool candidate = is_candidate(handle);
+          group.newcomers.push_back({static_cast<std::uint32_t>(first + i), Verdict::kInsert, false, candidate,
+                                     candidate ? shard.candidate(handle).word.load(std::memory_order_relaxed) : 0});
+          continue;
+        }
+        bucket = place.bucket;
+        meta = &shard.meta(handle);
+        floats = shard.floats(handle);
       }
-      RowMeta& meta = shard.meta(handle);
-      float* const floats = shard.floats(handle);
-      const BucketLock lock(*place.bucket);
-      if (scan != nullptr) scan->save_row(item.id, floats, meta);
-      write(shard, item, meta, floats);
+      const BucketLock lock(*bucket);
+      keeper.keep_row(item.id, floats, *meta);
+      write(shard, item, *meta, floats);
       ++written;
     }
   }
@@ -87,7 +91,7 @@ template <typename Fill>
 void EmbeddingTable::insert_row(const Item& item, Newcomer& newcomer, const Fill& fill) {
   const std::uint64_t hash = hash_id(item.id);
   Shard& shard = shard_of(hash);
-  if (snapshot_scan() != nullptr) save_candidate(item.id, newcomer);
+  keep_candidate(item.id, newcomer);
   const Handle handle = shard.take_row();
   RowMeta& meta = shard.meta(handle);
   meta.key.store(item.id);
@@ -115,25 +119,39 @@ FRESHET_CLONES void EmbeddingTable::init_floats(std::int64_t id, float* floats) 
   });
 }
 
-// What is read of an absent id is what its fresh row starts with: the rows are read first, and those without one are
-// inserted behind.
+// What is read of an absent id is what its fresh row starts with: rows are read first, and the new ones copied from there.
 std::size_t EmbeddingTable::find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads) {
   const std::lock_guard<std::mutex> writing(write_mutex_);
   const Reclaimer::Guard guard(reclaimer_);
   std::vector<std::uint8_t> is_absent(n, 0);
   if (read(ids, n, out, Missing::kInitial, threads, is_absent.data()) == 0) return 0;
   std::vector<std::int64_t> absent;
+  std::vector<const float*> weights;  // of each, in out
   for (std::size_t i = 0; i < n; ++i) {
-    if (is_absent[i] != 0) absent.push_back(ids[i]);
+    if (is_absent[i] == 0) continue;
+    absent.push_back(ids[i]);
+    weights.push_back(out + i * config_.dim);
   }
   collect(absent.data(), absent.size(), nullptr, threads);
-  parallel_for(active_groups_, threads, [&](std::size_t g) {
-    write_rows(*groups_[g], [](Shard&, const Item&, RowMeta&, float*) {});  // they have none: all become newcomers
-  });
+  parallel_for(active_groups_, threads, [&](std::size_t g) { list_newcomers(*groups_[g]); });
   return carry_out(clock_, threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
-    init_floats(item.id, floats);
+    change_racy(floats, float_bytes(), [&](void* to) {
+      copy_words(weights[item.position], weight_bytes(), to);
+      init_state(config_.optimizer, config_.dim, static_cast<float*>(to) + config_.dim);
+    });
     shard.mark_dirty(item.id, meta, epoch());
   });
+}
+
+// For a group whose items have no row.
+void EmbeddingTable::list_newcomers(Group& group) {
+  if (config_.admission == Admission::kThreshold) {  // some may be candidates
+    write_rows(group, [](Shard&, const Item&, RowMeta&, float*) {});
+    return;
+  }
+  for (std::uint32_t i = 0; i < group.items.size(); ++i) {
+    group.newcomers.push_back({i, Verdict::kInsert, false, false, 0});
+  }
 }
 
 namespace {

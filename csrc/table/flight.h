@@ -21,8 +21,8 @@ struct Flight {
   Index::Span span[kBlock];        // the bucket that was looked at last
   std::uint32_t control[kBlock];   // of that bucket, before its slots were read
   SlotSet slots[kBlock];           // of that bucket, with the id's tag
-  const RowMeta* header[kBlock];   // of the last of these
-  const char* row[kBlock];
+  RowMeta* header[kBlock];   // of the last of these
+  float* row[kBlock];
   std::uint16_t open[kBlock];
 
   // id_of(i), i < n <= kBlock. shard_of(hash).
@@ -70,7 +70,7 @@ struct Flight {
         if (!is_row(handle)) continue;
         if (row[i] != nullptr) send_for_row(i, row_bytes);
         header[i] = &shard.meta(handle);
-        row[i] = reinterpret_cast<const char*>(shard.floats(handle));
+        row[i] = shard.floats(handle);
       }
       return false;
     }
@@ -83,7 +83,8 @@ struct Flight {
   FRESHET_INLINE void send_for_row(std::size_t i, std::size_t row_bytes) const noexcept {
     prefetch(header[i]);
     prefetch(reinterpret_cast<const char*>(header[i] + 1) - 1);  // one header in four lies on two cache lines
-    for (std::size_t at = 0; at < row_bytes; at += kCacheLine) prefetch(row[i] + at);
+    const char* const floats = reinterpret_cast<const char*>(row[i]);
+    for (std::size_t at = 0; at < row_bytes; at += kCacheLine) prefetch(floats + at);
   }
 };
 

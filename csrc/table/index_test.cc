@@ -19,7 +19,7 @@ using freshet::kCandidateBit;
 using freshet::Reclaimer;
 using freshet::RowStore;
 
-constexpr std::size_t kMany = FRESHET_TSAN ? 60000 : 300000;
+constexpr std::size_t kMany = kSanitized ? 60000 : 300000;
 
 // An index with the rows that it needs, beside a map that says what must be in it.
 struct Fixture {
@@ -147,7 +147,7 @@ void test_hashes_chosen_by_an_adversary_are_kept_apart() {
   };
   for (const auto& hash_of : kFamilies) {
     Fixture map;
-    for (std::uint64_t i = 0; i < 12000; ++i) {
+    for (std::uint64_t i = 0; i < (kSanitized ? 6000U : 12000U); ++i) {
       const std::int64_t key = id_of_hash(hash_of(i));
       if (map.expected.count(key) == 0) map.insert(key);
       map.check_key(id_of_hash(hash_of(i) ^ 1U << 20));
@@ -185,12 +185,24 @@ void test_what_no_directory_can_tell_apart_is_refused_and_the_rest_goes_on() {
   map.check_all();
 }
 
+// Keys whose home is that one of the three buckets of a small segment.
+std::int64_t key_at(std::uint64_t bucket, std::uint64_t i) {
+  return id_of_hash(i << 40 | (bucket * 0x55555556 + i * 4096));
+}
+
+void test_a_bucket_counts_the_keys_that_went_past_it() {
+  Fixture map;
+  for (std::uint64_t i = 1; i <= 26; ++i) map.insert(key_at(0, i));
+  const Index::Span home = map.index.span(0);
+  CHECK(home.buckets == 3 && Bucket::overflow(home.bucket->control.load()) == 14);
+  CHECK(Bucket::overflow(home.bucket[1].control.load()) == 2);
+  for (std::uint64_t i = 1; i <= 26; ++i) map.erase(key_at(0, i));
+  for (int b = 0; b < 3; ++b) CHECK(Bucket::overflow(home.bucket[b].control.load()) == 0);
+}
+
 // Fills the three buckets of a small segment in turn until each has forgotten how many keys went past it.
 void test_a_search_ends_where_every_bucket_was_once_full() {
   Fixture map;
-  const auto key_at = [](std::uint64_t bucket, std::uint64_t i) {
-    return id_of_hash(i << 40 | (bucket * 0x55555556 + i * 4096));
-  };
   for (std::uint64_t bucket = 0; bucket < 3; ++bucket) {
     for (std::uint64_t i = 1; i <= 29; ++i) map.insert(key_at(bucket, i));
     for (std::uint64_t i = 1; i <= 29; ++i) map.erase(key_at(bucket, i));
@@ -224,7 +236,7 @@ void test_churn_needs_no_more_memory() {
   Ids keys = ids_from(0, 50000);
   for (const std::int64_t key : keys) map.insert(key);
   const std::size_t held = map.memory->arena().held_bytes();
-  for (std::int64_t next = 50000; next < (FRESHET_TSAN ? 100000 : 500000); ++next) {
+  for (std::int64_t next = 50000; next < (kSanitized ? 100000 : 500000); ++next) {
     std::int64_t& key = keys[random() % keys.size()];
     map.erase(key);
     map.insert(key = next);
@@ -265,6 +277,7 @@ int main() {
   test_hashes_chosen_by_an_adversary_are_kept_apart();
   test_a_shard_tells_keys_apart_by_the_bits_after_its_own();
   test_what_no_directory_can_tell_apart_is_refused_and_the_rest_goes_on();
+  test_a_bucket_counts_the_keys_that_went_past_it();
   test_a_search_ends_where_every_bucket_was_once_full();
   test_memory_of_replaced_segments_is_used_again();
   test_churn_needs_no_more_memory();

@@ -126,7 +126,7 @@ FRESHET_INLINE void adam(const OptimizerConfig& c, std::size_t dim, float lr, co
 FRESHET_INLINE void ftrl(const OptimizerConfig& c, std::size_t dim, float lr, const float* __restrict g,
                          float* __restrict w, float* __restrict z, float* __restrict n) noexcept {
   const float l1 = c.l1, l2 = c.l2, beta = c.ftrl_beta;
-  if (!(lr > 0)) return;  // a learning rate of zero moves nothing
+  if (!(lr >= 1e-12F)) return;  // a rate of zero moves nothing, and 1 / lr must not overflow
   for (std::size_t j = 0; j < dim; ++j) {
     const float sum = n[j] + g[j] * g[j];
     const float root = std::sqrt(sum);

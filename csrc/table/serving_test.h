@@ -48,7 +48,7 @@ inline ServingTable::Applied apply(ServingTable& table, const Ids& keys, const F
 }
 
 inline bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 inline std::uint64_t mix(std::uint64_t a, std::uint64_t b, std::uint64_t c) {

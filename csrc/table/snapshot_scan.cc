@@ -9,7 +9,6 @@
 namespace freshet {
 namespace {
 
-constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
 constexpr std::size_t kRowsAhead = 8;
 constexpr std::uint64_t kLastHash = std::numeric_limits<std::uint64_t>::max();
 
@@ -26,18 +25,39 @@ void Block::clear() {
   candidates.clear();
 }
 
+void Block::reserve(std::size_t rows, std::size_t dim, std::size_t state_dim) {
+  keys.reserve(rows);
+  weights.reserve(rows * dim);
+  state.reserve(rows * state_dim);
+  last_seen.reserve(rows);
+  dirty_epoch.reserve(rows);
+  counts.reserve(rows);
+}
+
 std::size_t Block::bytes() const noexcept {
   return (weights.size() + state.size() + last_seen.size() + dirty_epoch.size() + candidates.size()) * 4 +
          (keys.size() + candidate_keys.size()) * 8 + counts.size() * 2;
 }
 
+namespace {
+
+// Without the zeros that resize would write first.
+void append_racy(const float* floats, std::size_t n, std::vector<float>* to) {
+#if FRESHET_TSAN
+  std::vector<float> copy(n);
+  copy_racy(floats, n * sizeof(float), copy.data());
+  to->insert(to->end(), copy.begin(), copy.end());
+#else
+  to->insert(to->end(), floats, floats + n);
+#endif
+}
+
+}  // namespace
+
 void SnapshotScan::add(Block* block, std::int64_t key, const float* floats, const RowMeta& meta) const {
-  const std::size_t dim = table_.config_.dim, state = table_.state_dim_, n = block->keys.size();
   block->keys.push_back(key);
-  block->weights.resize((n + 1) * dim);
-  block->state.resize((n + 1) * state);
-  copy_racy(floats, table_.weight_bytes(), block->weights.data() + n * dim);
-  copy_racy(floats + dim, state * sizeof(float), block->state.data() + n * state);
+  append_racy(floats, table_.config_.dim, &block->weights);
+  append_racy(floats + table_.config_.dim, table_.state_dim_, &block->state);
   block->last_seen.push_back(meta.last_seen.load(std::memory_order_relaxed));
   block->dirty_epoch.push_back(meta.dirty_epoch.load(std::memory_order_relaxed));
   block->counts.push_back(meta.count.load(std::memory_order_relaxed));
@@ -74,16 +94,15 @@ SnapshotScan::~SnapshotScan() {
   table_.snapshot_.store(nullptr, std::memory_order_relaxed);
 }
 
-void SnapshotScan::save_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
-  if (meta.saved.load(std::memory_order_relaxed) == number_) return;
-  const std::lock_guard<std::mutex> lock(saved_mutex_);
+void SnapshotScan::keep_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
   std::uint16_t before = meta.saved.load(std::memory_order_relaxed);
   if (before == number_ || !meta.saved.compare_exchange_strong(before, number_, std::memory_order_acq_rel)) return;
   if (gave_up_) return;
   try {
-    if (saved_.empty() || saved_.back().bytes() >= kBlockBytes) {
+    if (saved_.empty() || saved_.back().keys.size() >= rows_per_block()) {
       saved_.emplace_back();
       saved_.back().last_bucket = virtual_bucket(kLastHash);
+      saved_.back().reserve(rows_per_block(), table_.config_.dim, table_.state_dim_);
     }
     add(&saved_.back(), key, floats, meta);
   } catch (const std::bad_alloc&) {
@@ -91,8 +110,7 @@ void SnapshotScan::save_row(std::int64_t key, const float* floats, RowMeta& meta
   }
 }
 
-void SnapshotScan::save_word(std::int64_t key, std::uint64_t word) noexcept {
-  const std::lock_guard<std::mutex> lock(saved_mutex_);
+void SnapshotScan::keep_word(std::int64_t key, std::uint64_t word) noexcept {
   try {
     saved_candidates_.emplace(key, word);  // the first word stays: it is the one of the moment
   } catch (const std::bad_alloc&) {

@@ -26,6 +26,7 @@ struct Block {
   std::vector<std::uint32_t> candidates;    // [c]
 
   void clear();
+  void reserve(std::size_t rows, std::size_t dim, std::size_t state_dim);
   std::size_t bytes() const noexcept;
 };
 
@@ -53,21 +54,50 @@ class SnapshotScan {
   Epoch dropped_to() const noexcept { return dropped_to_; }
   std::size_t rows() const noexcept { return rows_; }
 
-  // The writer's side
+  // The writer's side: hands over what it is about to change, as it is. Locks at the first row that the scan still needs
+  // and until its end, which is that of a block of the batch.
+  class Keeper {
+   public:
+    explicit Keeper(SnapshotScan* scan) noexcept : scan_(scan) {}  // nullptr: no snapshot is being taken
+    // Before the first change of a row, under the lock of its bucket.
+    void keep_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
+      if (scan_ == nullptr || meta.saved.load(std::memory_order_relaxed) == scan_->number_) return;
+      lock();
+      scan_->keep_row(key, floats, meta);
+    }
+    // Before a candidate is changed, removed or becomes a row.
+    void keep_candidate(std::int64_t key, std::uint32_t word) noexcept {
+      if (scan_ == nullptr) return;
+      lock();
+      scan_->keep_word(key, word);
+    }
+    // Before an id that is none becomes a candidate or a row.
+    void keep_no_candidate(std::int64_t key) noexcept {
+      if (scan_ == nullptr) return;
+      lock();
+      scan_->keep_word(key, kNone);
+    }
 
-  // Before the first change of a row, under the lock of its bucket.
-  void save_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept;
-  // Before a candidate is changed, removed or becomes a row.
-  void save_candidate(std::int64_t key, std::uint32_t word) noexcept { save_word(key, word); }
-  // Before an id that is none becomes a candidate or a row.
-  void save_no_candidate(std::int64_t key) noexcept { save_word(key, kNone); }
+   private:
+    void lock() noexcept {
+      if (!lock_.owns_lock()) lock_ = std::unique_lock<std::mutex>(scan_->saved_mutex_);
+    }
+
+    SnapshotScan* const scan_;
+    std::unique_lock<std::mutex> lock_;
+  };
 
  private:
   static constexpr std::uint64_t kNone = ~std::uint64_t{0};
+  static constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
 
-  void save_word(std::int64_t key, std::uint64_t word) noexcept;
+  void keep_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept;
+  void keep_word(std::int64_t key, std::uint64_t word) noexcept;
   void add(Block* block, std::int64_t key, const float* floats, const RowMeta& meta) const;
   void drop_last(Block* block) const;
+  std::size_t rows_per_block() const noexcept {
+    return kBlockBytes / (sizeof(RowMeta) + (table_.config_.dim + table_.state_dim_) * sizeof(float)) + 1;
+  }
   bool next_candidates(Block* block);
   void scan_segment(Block* block);
   void claim_row(Block* block, const Shard& shard, Handle handle) const;
@@ -85,7 +115,7 @@ class SnapshotScan {
   std::vector<Handle> handles_;  // of the segment at work
   bool ended_ = false;
 
-  std::mutex saved_mutex_;  // held for the copy of one row
+  std::mutex saved_mutex_;
   std::vector<Block> saved_;
   std::unordered_map<std::int64_t, std::uint64_t> saved_candidates_;  // words as of the moment; kNone: it was none
   bool gave_up_ = false;

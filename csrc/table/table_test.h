@@ -11,12 +11,19 @@
 
 namespace freshet::testing {
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline constexpr bool kSanitized = true;  // slow: the long tests are shorter then
+#else
+inline constexpr bool kSanitized = false;
+#endif
+
 inline constexpr std::int64_t kHour = 3600 * kMicroseconds;
 inline constexpr OptimizerKind kOptimizers[] = {OptimizerKind::kSgd, OptimizerKind::kAdagrad,
                                                 OptimizerKind::kRowwiseAdagrad, OptimizerKind::kAdam,
                                                 OptimizerKind::kFtrl};
 
-inline TableConfig table_config(OptimizerKind kind = OptimizerKind::kAdagrad, std::size_t dim = 3, unsigned shards = 4) {
+inline TableConfig table_config(OptimizerKind kind = OptimizerKind::kAdagrad, std::size_t dim = 3,
+                                unsigned shards = 4) {
   TableConfig config;
   config.dim = dim;
   config.optimizer.kind = kind;

@@ -32,7 +32,7 @@ from model.experiments.ml1m_rectools import seconds_per_epoch
 from model.experiments.ml1m_train import RunConfig, RunResult, logged_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ml1m"
-ORDER = ("hstu", "hstu-large", "sasrec", "hstu-time", "hstu-position", "hstu-none")
+ORDER = ("hstu", "hstu-large", "sasrec", "hstu-time", "hstu-position", "hstu-none", "hstu-sampled")
 
 
 class Entry(BaseModel):
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = read_histories(options.data)
     entries = {name: read_entry(options.configs / f"{name}.toml") for name in options.only.split(",")}
     found = run_all(data, entries, options.seeds, options.logs, Console(stderr=True))
-    theirs = seconds_per_epoch(data, options.logs, options.threads) if options.rectools else {}
+    theirs = seconds_per_epoch(data, options.logs, options.threads, found) if options.rectools else {}
     print(report.table({entries[name].title: results for name, results in found.items()}))
     print(report.speed(found, theirs))
     if options.plot:

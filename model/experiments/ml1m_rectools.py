@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from model.experiments.ml1m_data import Histories
 
@@ -40,19 +42,23 @@ def fit(make, epochs):
     return time.perf_counter() - start
 
 
-for name, make in models.items():
-    print(json.dumps({name: fit(make, 2) - fit(make, 1)}), flush=True)
+for name in sys.argv[3].split(","):
+    if name in models:
+        print(json.dumps({name: fit(models[name], 2) - fit(models[name], 1)}), flush=True)
 """
 """Runs in the other environment, where nothing of this repository is: two epochs minus one, so that set-up is out."""
 
 
-def seconds_per_epoch(data: Histories, folder: Path, threads: int) -> dict[str, float]:
-    """By the name of our config of the same size. Installs RecTools under `folder` once (about 2 GB)."""
+def seconds_per_epoch(data: Histories, folder: Path, threads: int, names: Iterable[str]) -> dict[str, float]:
+    """By the name of our config of the same size, for those names that RecTools has a model for.
+
+    Installs RecTools and the same torch as ours under `folder` once (about 2 GB).
+    """
     python = _environment(folder / "rectools")
     log = folder / "rectools-train.csv"
     write_training_log(data, log)
     variables = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(python), "-c", PROGRAM, str(log), str(threads)]
+    command = [str(python), "-c", PROGRAM, str(log), str(threads), ",".join(names)]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = {}
     for line in done.stdout.splitlines():
@@ -77,6 +83,7 @@ def _environment(folder: Path) -> Path:
     python, done = folder / "bin" / "python", folder / ".installed"
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", REQUIREMENT], check=True, stdout=sys.stderr)
+        same_torch = f"torch=={torch.__version__.partition('+')[0]}"
+        subprocess.run([python, "-m", "pip", "install", "-q", same_torch, REQUIREMENT], check=True, stdout=sys.stderr)
         done.touch()
     return python

@@ -1,6 +1,6 @@
 """The kernel of the gradients of k and v: one program per tile of keys and head, over the rows that see them."""
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
 import triton.language as tl
@@ -43,7 +43,9 @@ def backward_keys(
     asks = known & (key >= keys - rows)
     q_own = load_matrix(q + head * q_head, own_row, asks, q_stride, DQK, BLOCK_DQK)
     g_own = load_matrix(g + head * g_head, own_row, asks, g_stride, DV, BLOCK_DV)
-    own_score, own_bucket = self_score(q_own, k_tile, own_row, asks, alpha, position, positions, time, cells, bounds, self_gap)
+    own_score, _own_bucket = self_score(
+        q_own, k_tile, own_row, asks, alpha, position, positions, time, cells, bounds, self_gap
+    )
     own_slope = silu_slope(own_score) * tl.sum(g_own.to(tl.float32) * v_tile.to(tl.float32), 1)
     k_total = own_slope[:, None] * q_own.to(tl.float32)
     v_total = silu(own_score)[:, None] * g_own.to(tl.float32)
@@ -57,7 +59,7 @@ def backward_keys(
         score = alpha * multiply(k_tile, tl.trans(q_tile), None, INTERPRETED)
         gap = load_times(query_time, first_row + row, inside)[None, :] - happened[:, None]
         distance = high[None, :] - key[:, None]
-        score, bucket = add_bias(score, distance, gap, position, positions, time, cells, bounds)
+        score, _bucket = add_bias(score, distance, gap, position, positions, time, cells, bounds)
         own = keys - rows + row
         seen = visible(key[:, None], low[None, :], high[None, :], front[None, :], own[None, :]) & known[:, None]
         weight = tl.where(seen, silu(score), 0.0)

@@ -4,7 +4,7 @@ The weights' gradients are sums over all pairs. Atomic additions would make them
 fixed number of programs take the tiles in turn, and each adds into partial sums of its own; these are added up after.
 """
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
 import triton.language as tl

@@ -1,6 +1,6 @@
 """The kernel of y: one program per tile of rows and head, over the tiles of keys that one of these rows sees."""
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
 import triton.language as tl
@@ -41,7 +41,9 @@ def forward(
 
     k_own = load_matrix(k + head * k_head, first_key + own, inside, k_stride, DQK, BLOCK_DQK)
     v_own = load_matrix(v + head * v_head, first_key + own, inside, v_stride, DV, BLOCK_DV)
-    own_score, own_bucket = self_score(q_tile, k_own, place, inside, alpha, position, positions, time, cells, bounds, self_gap)
+    own_score, _own_bucket = self_score(
+        q_tile, k_own, place, inside, alpha, position, positions, time, cells, bounds, self_gap
+    )
     total = silu(own_score)[:, None] * v_own.to(tl.float32)
     split, first, count = key_tiles(low, high, front, keys, OTHER)
     for step in range(0, count):
@@ -52,7 +54,7 @@ def forward(
         score = alpha * multiply(q_tile, tl.trans(k_tile), None, INTERPRETED)
         gap = asked[:, None] - load_times(key_time, first_key + key, known)[None, :]
         distance = high[:, None] - key[None, :]
-        score, bucket = add_bias(score, distance, gap, position, positions, time, cells, bounds)
+        score, _bucket = add_bias(score, distance, gap, position, positions, time, cells, bounds)
         seen = visible(key[None, :], low[:, None], high[:, None], front[:, None], own[:, None]) & known[None, :]
         weight = tl.where(seen, silu(score), 0.0)
         total = multiply(weight.to(v_tile.dtype), v_tile, total, INTERPRETED)

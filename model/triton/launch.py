@@ -7,7 +7,7 @@ no rows. Block sizes depend on the dtype and the head widths alone, so that a ro
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,10 +27,26 @@ NO_TILE = 2**30
 """Start of a tile that is not there: past the end of any sequence."""
 
 
-def block_size(dtype: torch.dtype, dqk: int, dv: int) -> int:
-    """Rows and keys of a tile. 64 rows are what a warp group of Hopper multiplies at once; float32 takes more room."""
+class Tiling(NamedTuple):
+    """block: rows (or keys) that a program holds; other: keys (or rows) of a step of its loop."""
+
+    block: int
+    other: int
+    warps: int
+
+
+def tilings(dtype: torch.dtype, dqk: int, dv: int, *, biased: bool) -> dict[str, Tiling]:
+    """For each kernel, the largest tiles at which the compiler (compute capability 9.0) spills next to no registers.
+
+    `block` is one for all kernels, bias or not: 64 rows are what a warp group of Hopper multiplies at once.
+    """
     width = max(dqk, dv)
-    return 64 if width <= (128 if dtype == torch.bfloat16 else 64) else 32
+    if dtype == torch.bfloat16 and width <= 128:
+        narrow, wide, spread = Tiling(64, 32, 4), Tiling(64, 64, 4), Tiling(64, 32, 8)
+        forward_tiling = wide if width <= 64 or not biased else narrow
+        return {"forward": forward_tiling, "keys": narrow, "rows": spread if biased else wide}
+    other = 32 if dtype == torch.bfloat16 or width <= 128 else 16
+    return dict.fromkeys(("forward", "keys", "rows"), Tiling(32, other, 4 if dtype == torch.bfloat16 else 8))
 
 
 def tiles(offsets: Tensor, total: int, block: int, *, later_is_heavier: bool) -> Tensor:
@@ -52,6 +68,11 @@ def tiles(offsets: Tensor, total: int, block: int, *, later_is_heavier: bool) ->
     return both[work.argsort(descending=True, stable=True)].to(torch.int32)
 
 
+def block_size(dtype: torch.dtype, dqk: int, dv: int) -> int:
+    """Rows, or keys, of the tiles that the programs hold."""
+    return tilings(dtype, dqk, dv, biased=True)["forward"].block
+
+
 @cache
 def bucket_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """cells (256,) int32: bucket of the least gap with these highest bits; bounds (129,) int64, closed by the maximum.
@@ -71,7 +92,7 @@ def launch_forward(q: Tensor, v: Tensor, row_tiles: Tensor, shared: dict[str, An
     y = v.new_empty(len(q), *v.shape[1:])
     if programs := len(row_tiles) * v.shape[1]:
         with torch.cuda.device_of(q):
-            forward[(programs,)](y=y, tiles=row_tiles, **shared)
+            forward[(programs,)](y=y, tiles=row_tiles, **shared, **_options("forward", shared))
     return y
 
 
@@ -82,7 +103,7 @@ def launch_backward_keys(k: Tensor, v: Tensor, g: Tensor, key_tiles: Tensor, sha
         with torch.cuda.device_of(k):
             backward_keys[(programs,)](
                 g=g, g_stride=g.stride(0), g_head=g.stride(1), k_gradient=out[0], v_gradient=out[1],
-                tiles=key_tiles, SCAN=SCAN, **shared,
+                tiles=key_tiles, SCAN=SCAN, **shared, **_options("keys", shared),
             )  # fmt: skip
     return out
 
@@ -98,10 +119,18 @@ def launch_backward_rows(q: Tensor, g: Tensor, row_tiles: Tensor, shared: dict[s
         with torch.cuda.device_of(q):
             backward_rows[(programs,)](
                 g=g, g_stride=g.stride(0), g_head=g.stride(1), q_gradient=q_gradient, position_partial=position,
-                time_partial=time, tiles=row_tiles, tasks=tasks, BUCKETS=BUCKETS, **shared,
+                time_partial=time, tiles=row_tiles, tasks=tasks, BUCKETS=BUCKETS, **shared, **_options("rows", shared),
             )  # fmt: skip
     scale = shared["scale"]
     return [q_gradient, position.sum(0) * scale, time.sum(0)[:TIME_BUCKETS] * scale]
+
+
+def _options(kernel: str, shared: dict[str, Any]) -> dict[str, Any]:
+    """Tile sizes and compiler options. Two stages of loads in flight; a third costs registers that are not there."""
+    biased = shared["position"] is not None or shared["time"] is not None
+    tiling = tilings(shared["q"].dtype, shared["DQK"], shared["DV"], biased=biased)[kernel]
+    sizes = {"BLOCK": tiling.block, "OTHER": tiling.other}
+    return sizes | {"num_warps": tiling.warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def _programs(device: torch.device) -> int:
@@ -119,19 +148,18 @@ def common(
     """The arguments that every kernel has."""
     cells, bounds = bucket_tables(q.device)
     dqk, dv = q.shape[2], v.shape[2]
-    block = block_size(q.dtype, dqk, dv)
     widths = {"BLOCK_DQK": max(16, triton.next_power_of_2(dqk)), "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
     arrays = {
         "offsets": offsets, "row_offsets": row_offsets, "begin": begin, "end": end, "prefix": prefix,
         "position": position, "time": time, "query_time": query_time, "key_time": key_time, "self_gap": self_gap,
     }  # fmt: skip
-    strides = {}
+    strides: dict[str, int] = {}
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides |= {f"{name}_stride": x.stride(0), f"{name}_head": x.stride(1)}
     return {
         "q": q, "k": k, "v": v, "cells": cells, "bounds": bounds,
         "positions": 0 if position is None else len(position), "alpha": float(alpha), "scale": 1.0 / normaliser,
-        "heads": v.shape[1], "DQK": dqk, "DV": dv, "BLOCK": block, "INTERPRETED": INTERPRETED, "num_warps": 4,
+        "heads": v.shape[1], "DQK": dqk, "DV": dv, "INTERPRETED": INTERPRETED,
         **{name: None if x is None else x.contiguous() for name, x in arrays.items()}, **strides, **widths,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ call does not have is a compile-time constant, so its branch is not in the kerne
 return would be compiled as well).
 """
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
 import triton.language as tl

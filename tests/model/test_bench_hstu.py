@@ -65,8 +65,10 @@ def test_a_ratio_is_the_median_of_the_repetitions_ratios() -> None:
 
 
 def test_the_softmaxes_are_compared_on_a_log(tmp_path: Path) -> None:
-    found = bench_hstu.softmax_quality(write_log(tmp_path), 1)
-    assert set(found) == {"ndcg_full", "ndcg_sampled"} and all(0 <= value <= 1 for value in found.values())
+    found = bench_hstu.softmax_quality(write_log(tmp_path), 1, 2.0)
+    assert set(found) == {"ndcg_full", "ndcg_full_same_time", "ndcg_sampled"} and all(
+        0 <= value <= 1 for value in found.values()
+    )
 
 
 def test_the_command_prints_the_result_last(

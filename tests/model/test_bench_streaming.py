@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.experiments import streaming
-from model.experiments.streaming_data import MOST_CATEGORIES, StreamShape, make_stream
+from model.experiments.streaming_data import MOST_CATEGORIES, StreamShape, best_hit_rates, make_stream
 
 SHAPE = StreamShape(items=400, categories=20, records=600, length=64)
 
@@ -29,6 +29,29 @@ def test_a_record_has_at_most_five_categories_and_some_have_one() -> None:
     stream = make_stream(StreamShape(items=20, categories=20, records=400, length=64), 3)
     kinds = np.array([len(np.unique(row)) for row in stream])
     assert kinds.max() <= MOST_CATEGORIES and 0.1 < (kinds == 1).mean() < 0.4
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_items_repeat_unless_they_are_to_be_distinct(distinct: bool) -> None:
+    stream = make_stream(StreamShape(items=2000, categories=20, records=50, length=32, distinct=distinct), 0)
+    repeats = sum(len(np.unique(row)) < 32 for row in stream)
+    assert repeats == 0 if distinct else repeats > 40
+
+
+def test_the_best_possible_is_what_the_most_frequent_category_gives() -> None:
+    """One category of 100 items: 10 of them in 100, or in those that are left."""
+    shape = StreamShape(items=100, categories=1, records=20, length=8, test_share=0.05)
+    assert best_hit_rates(make_stream(shape, 0), shape, 0, (10,))["hr@10"] == pytest.approx(10 / shape.available(19))
+    left = StreamShape(items=100, categories=1, records=20, length=8, test_share=0.05, distinct=True)
+    wanted = np.mean([10 / (shape.available(19) - n) for n in range(4, 8)])
+    assert best_hit_rates(make_stream(left, 0), left, 0, (10,))["hr@10"] == pytest.approx(wanted)
+
+
+def test_what_a_record_has_had_is_known_at_each_place() -> None:
+    rows = np.array([[5, 1, 2, 3, 4], [9, 8, 8, 7, 6]])
+    _, histories, wanted = next(iter(streaming.batches(rows, 0, 2)))
+    had = streaming._had(histories, wanted.shape, 2, 10)  # at the places 2 and 3 of each record's first four items
+    assert [np.flatnonzero(row).tolist() for row in had.numpy()] == [[1, 2, 5], [1, 2, 3, 5], [8, 9], [7, 8, 9]]
 
 
 def test_what_came_often_comes_more_often() -> None:
@@ -50,10 +73,11 @@ def test_a_stream_is_a_function_of_its_seed(seed: int) -> None:
     assert (make_stream(shape, seed) != make_stream(shape, seed + 1)).any()
 
 
-def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", [[], ["--distinct"]])
+def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     plot = tmp_path / "plot.png"
     arguments = ["--records=200", "--items=100", "--categories=5", "--length=16", "--threads=1", f"--plot={plot}"]
-    streaming.main(arguments)
+    streaming.main(arguments + more)
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert set(result["hr"]) == set(streaming.PAPER) and result["ratio"]["Transformer"] == 1
     assert plot.stat().st_size > 1000
