@@ -66,6 +66,15 @@ bench-collisions: setup ## what id collisions cost, and what admission and expir
 bench-hstu: setup ## training steps, attention and ranking beside faithful PyTorch references
 	@$(PY) -m model.experiments.bench_hstu
 
+bench-ml1m: setup ## next item on MovieLens, HSTU and SASRec; hours (DATA=path/to/ml-1m, ARGS="--only hstu --threads 1")
+	@$(PY) -m model.experiments.ml1m --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
+
+bench-streaming: setup ## the paper's synthetic stream with a growing vocabulary
+	@$(PY) -m model.experiments.streaming $(ARGS)
+
+bench-stochastic-length: setup ## sparsity against loss of quality (DATA=path/to/ml-1m)
+	@$(PY) -m model.experiments.stochastic_length_bench --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
+
 lock: $(STAMP) ## resolve requirements.in again
 	@$(VENV)/bin/uv pip install -q -p $(VENV) -r requirements.in
 	@$(VENV)/bin/uv pip freeze -p $(VENV) | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//' > requirements.lock

@@ -34,7 +34,10 @@ class ThreadPool {
  public:
   static ThreadPool& instance() {
     static ThreadPool* const pool = [] {
-      pthread_atfork(nullptr, nullptr, [] { holder().reset(new ThreadPool); });
+      pthread_atfork(nullptr, nullptr, [] {
+        (void)holder().release();  // not destroyed: that would wait for threads which do not exist here
+        holder().reset(new ThreadPool);
+      });
       holder().reset(new ThreadPool);
       return holder().get();
     }();

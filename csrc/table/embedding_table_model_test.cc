@@ -31,7 +31,7 @@ TableConfig config_of_program(std::uint64_t seed) {
   config.ttl_us = seed % 2 == 0 ? 6 * kHour : 0;
   config.ttl_on_access = seed % 4 == 2;
   config.sweep_steps = seed % 8 < 4 ? 16 : 3;
-  config.min_rows = seed % 3 == 0 ? 700 : 0;
+  config.min_rows = seed % 3 == 0 ? 1200 : 0;
   config.optimizer.initial_accumulator = seed % 3 == 1 ? 0.1F : 0.0F;
   config.optimizer.l1 = 0.01F;
   config.optimizer.l2 = 0.001F;

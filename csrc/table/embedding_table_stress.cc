@@ -223,8 +223,8 @@ void test_readers_snapshots_and_consumers_beside_a_writer() {
 // Eight rows that are read while they are written all the time; four of them take each other's places. All floats of a
 // row are equal, and say whose they are.
 void test_rows_under_the_hottest_fire_are_whole_and_of_their_keys() {
-  constexpr std::size_t kDim = 200, kKeys = 8, kStay = 4;
-  constexpr int kTimes = kSanitized ? 3000 : 40000;
+  constexpr std::size_t kDim = 2000, kKeys = 8, kStay = 4;
+  constexpr int kTimes = FRESHET_TSAN ? 500 : 15000;
   EmbeddingTable table(table_config(OptimizerKind::kSgd, kDim));
   const auto write = [&](int time, std::size_t key) {
     upsert(table, {static_cast<std::int64_t>(key)}, Floats(kDim, static_cast<float>(time * 8 + static_cast<int>(key))));

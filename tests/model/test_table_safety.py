@@ -1,7 +1,10 @@
 """What can be put into a table by mistake, and what then happens: a message, and the table as it was."""
 
 import copy
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -266,3 +269,26 @@ def test_readers_beside_a_writer_see_whole_rows() -> None:
     for reader in readers:
         reader.join()
     assert not faults
+
+
+def test_a_forked_process_goes_on_with_the_table() -> None:
+    """As a data loader's workers do, after the parent has worked with several threads."""
+    table = EmbeddingTable("item", 8, threads=2)
+    ids = np.arange(20_000, dtype=np.int64)
+    grads = np.ones((len(ids), 8), np.float32)
+    table.apply_gradients(ids, grads)
+    time.sleep(0.05)  # the pool's threads are waiting for work
+    child = os.fork()
+    if child == 0:
+        try:
+            table.apply_gradients(ids, grads)
+            os._exit(0 if len(table) == len(ids) else 2)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
