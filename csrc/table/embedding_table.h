@@ -73,7 +73,7 @@ class SnapshotScan;
 //  * weights and state are finite: gradients, weights and state that are not are refused;
 //  * a writing call that throws has changed nothing that any other call can see, unless it says otherwise.
 //
-// Threads: reading calls (lookup, lookup_pooled, stats, size) never block and may run beside anything. They see each row
+// Threads: reading calls (lookup, lookup_pooled, size) never block and may run beside anything. They see each row
 // as it was at one moment, and every row whose insertion returned before they began. All other calls wait for each other;
 // a batch is split among up to `threads` threads by shard. A SnapshotScan runs beside the writer.
 class EmbeddingTable {
@@ -121,7 +121,8 @@ class EmbeddingTable {
   std::size_t apply_gradients(const std::int64_t* ids, std::size_t n, const Gradients& gradients, float lr,
                               std::int64_t now_us, std::size_t threads);
 
-  // Makes the rows of ids[n] exactly these. Of a repeated id the last occurrence stays. Returns new rows.
+  // Makes the rows of ids[n] exactly these, whatever the admission and max_rows. Of a repeated id the last occurrence
+  // stays. Returns new rows. std::bad_alloc: rows that were there are written, and no id got a new one.
   struct Rows {
     const float* weights;                          // [n, dim]
     const float* state = nullptr;                  // [n, state_dim]; nullptr: a fresh row's
@@ -131,7 +132,7 @@ class EmbeddingTable {
   };
   std::size_t upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads);
 
-  // Makes ids[n] candidates with the words that an export gave; ids with a row are left alone. std::invalid_argument for
+  // Makes ids[n] candidates with the words that an export gave (std::bad_alloc: some of them); ids with a row are left alone. std::invalid_argument for
   // a table without an admission threshold.
   void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
 
