@@ -35,8 +35,7 @@ inline void* allocate_aligned(std::size_t bytes, std::size_t align) {
 }
 
 // Invariants: a page of a chunk is taken exactly when its bit is set; what is given back merges with free neighbours by
-// itself. What is small comes from the heap, so that a small table holds no huge page, and so does what is larger than
-// one. Any thread.
+// itself. What is small comes from the heap, so that a small table holds no huge page. Any thread.
 class PageArena {
  public:
   PageArena() = default;
@@ -50,12 +49,13 @@ class PageArena {
 
   // bytes on a cache line. std::bad_alloc.
   void* allocate(std::size_t bytes) {
-    if (from_heap(bytes)) {
+    if (bytes < kSmall) {
       void* const memory = allocate_aligned(bytes, kCacheLine);
       held_.fetch_add(bytes, std::memory_order_relaxed);
       return memory;
     }
     const std::size_t pages = pages_of(bytes);
+    if (pages > kPages) throw std::bad_alloc();  // a directory that deep is the work of ids chosen to collide
     const std::lock_guard<std::mutex> lock(mutex_);
     for (std::size_t tried = 0; tried < chunks_.size(); ++tried) {
       Chunk& chunk = *chunks_[next_];
@@ -69,7 +69,7 @@ class PageArena {
   }
 
   void free(void* memory, std::size_t bytes) noexcept {
-    if (from_heap(bytes)) {
+    if (bytes < kSmall) {
       std::free(memory);
       held_.fetch_sub(bytes, std::memory_order_relaxed);
       return;
@@ -111,7 +111,6 @@ class PageArena {
     }
   };
 
-  static bool from_heap(std::size_t bytes) noexcept { return bytes < kSmall || bytes > kHugePage; }
   static std::size_t pages_of(std::size_t bytes) noexcept { return (bytes + kPage - 1) / kPage; }
 
   Chunk& add_chunk() {

@@ -17,6 +17,8 @@ namespace freshet {
 // Extendible hashing: a directory of 2^depth entries names segments of 1 to 255 buckets. A full segment is replaced by a
 // larger one or by two, so an insertion moves at most one segment's keys (about 2,600) and never the whole table.
 // About 7 bytes per key: small enough that much of it stays in the caches. The keys themselves lie in the rows.
+// A directory has at most 2^17 entries, which is some 200 M keys; beyond (or for ids chosen so that their hashes agree in
+// more bits) insertion throws std::bad_alloc, so that such ids cost no more than that.
 //
 // Invariants:
 //  * a key lies in the segment of its hash prefix, in its home bucket or, where all buckets from there on are full, in a
