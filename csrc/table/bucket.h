@@ -1,6 +1,7 @@
-// One cache line of the index: twelve tags, what each stands for, and the sequence lock that guards them.
+// One cache line of the index: five keys, what each stands for, and the sequence lock that guards them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -18,70 +19,57 @@ inline constexpr Handle kCandidateBit = 0x80000000U;
 inline constexpr bool is_row(Handle handle) noexcept { return (handle & kCandidateBit) == 0; }
 inline constexpr bool is_candidate(Handle handle) noexcept { return !is_row(handle) && handle != kAbsent; }
 
-// Eight bits of the hash, never 0. A tag only says which rows are worth a look: identity is the full key in the row.
-using Tag = std::uint8_t;
-inline constexpr Tag tag_of(std::uint64_t hash) noexcept {
-  return static_cast<Tag>(1 + ((hash & 0xff) * 255 >> 8));
-}
-
-// Slots of a bucket, a bit each.
-class SlotSet {
- public:
-  SlotSet() = default;
-  explicit SlotSet(std::uint32_t slots) noexcept : slots_(slots) {}
-  bool empty() const noexcept { return slots_ == 0; }
-  std::size_t first() const noexcept { return static_cast<std::size_t>(__builtin_ctz(slots_)); }
-  void remove_first() noexcept { slots_ &= slots_ - 1; }
-
- private:
-  std::uint32_t slots_ = 0;
+struct KeyHandle {
+  std::int64_t key;
+  Handle handle;
 };
 
 // Invariants:
-//  * a slot is empty exactly when its tag is 0; the handle of an empty slot means nothing;
+//  * a slot is empty exactly when its handle is kAbsent; the key of an empty slot means nothing;
+//  * no two slots that are taken have the same key;
 //  * `control` = version (27 bits) | retired | overflow (4 bits). The version is odd while the one writer changes the
 //    bucket, or any byte of a row that one of its slots stands for. So a reader that finds the same even version before
 //    and after has seen one state of the slots and of their rows;
 //  * overflow counts the keys that found this bucket full and went on to a later one; 15 means 15 or more, for good;
 //  * retired: the segment was replaced. Its rows now change under the locks of the new buckets: go back to the directory.
 struct alignas(kCacheLine) Bucket {
-  static constexpr std::size_t kSlots = 12;
+  static constexpr std::size_t kSlots = 5;
   static constexpr std::uint32_t kOverflowMax = 15;
   static constexpr std::uint32_t kRetired = 1U << 4;
   static constexpr std::uint32_t kVersion = 1U << 5;
 
-  std::atomic<std::uint64_t> tags_low;   // slots 0 to 7, a byte each
-  std::atomic<std::uint32_t> tags_high;  // slots 8 to 11
   std::atomic<std::uint32_t> control;
   std::atomic<Handle> handle[kSlots];
+  std::atomic<std::int64_t> key[kSlots];
 
   void clear() noexcept {
-    tags_low.store(0, std::memory_order_relaxed);
-    tags_high.store(0, std::memory_order_relaxed);
     control.store(0, std::memory_order_relaxed);
-    for (std::atomic<Handle>& h : handle) h.store(0, std::memory_order_relaxed);
+    for (std::atomic<Handle>& h : handle) h.store(kAbsent, std::memory_order_relaxed);
+    for (std::atomic<std::int64_t>& k : key) k.store(0, std::memory_order_relaxed);
   }
 
-  // Slots with this tag; with tag 0, the empty ones.
-  SlotSet slots_with(Tag tag) const noexcept {
-    constexpr std::uint64_t kOnes = 0x0101010101010101ULL;
-    const std::uint64_t low = tags_low.load(std::memory_order_relaxed) ^ kOnes * tag;
-    const std::uint64_t high = tags_high.load(std::memory_order_relaxed) ^ (kOnes * tag & 0xffffffffU);
-    return SlotSet(zero_bytes(low) | (zero_bytes(high) & 0xfU) << 8);
-  }
+  // What the key stands for here. An empty slot that still has the key says kAbsent, which is larger than any handle.
   // acquire: the row of a handle that is seen, proven or not, exists.
+  Handle find(std::int64_t wanted) const noexcept {
+    Handle found = kAbsent;
+    for (std::size_t slot = 0; slot < kSlots; ++slot) {
+      const Handle here = handle[slot].load(std::memory_order_acquire);
+      found = std::min(found, key[slot].load(std::memory_order_relaxed) == wanted ? here : kAbsent);
+    }
+    return found;
+  }
+  // The slot of a handle that is here; with kAbsent the first that is empty, kSlots if none is.
+  std::size_t slot_of(Handle wanted) const noexcept {
+    std::size_t slot = 0;
+    while (slot < kSlots && at(slot) != wanted) ++slot;
+    return slot;
+  }
   Handle at(std::size_t slot) const noexcept { return handle[slot].load(std::memory_order_acquire); }
 
   // The one writer of the shard, under a BucketLock.
-  void set(std::size_t slot, Tag tag, Handle to) noexcept {
+  void set(std::size_t slot, std::int64_t of, Handle to) noexcept {
+    key[slot].store(of, std::memory_order_relaxed);
     handle[slot].store(to, std::memory_order_release);
-    if (slot < 8) {
-      const std::uint64_t rest = tags_low.load(std::memory_order_relaxed) & ~(std::uint64_t{0xff} << 8 * slot);
-      tags_low.store(rest | std::uint64_t{tag} << 8 * slot, std::memory_order_relaxed);
-    } else {
-      const std::uint32_t rest = tags_high.load(std::memory_order_relaxed) & ~(0xffU << 8 * (slot - 8));
-      tags_high.store(rest | std::uint32_t{tag} << 8 * (slot - 8), std::memory_order_relaxed);
-    }
   }
 
   static bool changing(std::uint32_t control) noexcept { return (control & kVersion) != 0; }
@@ -117,14 +105,6 @@ struct alignas(kCacheLine) Bucket {
   void uncount_overflow() noexcept {
     const std::uint32_t now = control.load(std::memory_order_relaxed);
     if (overflow(now) < kOverflowMax) control.store(now - 1, std::memory_order_relaxed);
-  }
-
- private:
-  // Bit k is set if byte k is zero.
-  static std::uint32_t zero_bytes(std::uint64_t x) noexcept {
-    constexpr std::uint64_t kLow7 = 0x7f7f7f7f7f7f7f7fULL, kGather = 0x0102040810204080ULL;
-    const std::uint64_t marks = ~(((x & kLow7) + kLow7) | x | kLow7);  // 0x80 in each byte that is zero
-    return static_cast<std::uint32_t>((marks >> 7) * kGather >> 56);
   }
 };
 static_assert(sizeof(Bucket) == kCacheLine, "a probe should cost one cache line");

@@ -168,7 +168,7 @@ void EmbeddingTable::undo(std::int64_t id, const Newcomer& newcomer) noexcept {
   } else if (newcomer.verdict == Verdict::kCandidate) {
     shard.put_candidate(place, id, hash, newcomer.word);
   } else {
-    shard.demote(place, id, hash, newcomer.word);
+    shard.demote(place, id, newcomer.word);
   }
 }
 

@@ -63,18 +63,11 @@ FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::s
   const std::uint32_t control = flight.control[i];
   const Bucket& bucket = *flight.span[i].bucket;
   if ((control & (Bucket::kVersion | Bucket::kRetired)) != 0) return read_row(id, flight.hash[i], out);
-  if (flight.header[i] != nullptr && flight.header[i]->key.load() == id) {
+  if (flight.row[i] != nullptr) {
     copy_racy(flight.row[i], weight_bytes(), out);
     return bucket.end_read(control) ? true : read_row(id, flight.hash[i], out);
   }
-  const Shard& shard = shard_of(flight.hash[i]);
-  for (SlotSet slots = flight.slots[i]; !slots.empty(); slots.remove_first()) {
-    const Handle handle = bucket.at(slots.first());
-    if (!is_row(handle) || shard.meta(handle).key.load() != id) continue;
-    copy_racy(shard.floats(handle), weight_bytes(), out);
-    return bucket.end_read(control) ? true : read_row(id, flight.hash[i], out);
-  }
-  const bool nowhere = flight.span[i].at_home() && Bucket::overflow(control) == 0 && bucket.end_read(control);
+  const bool nowhere = flight.handle[i] == kAbsent && flight.span[i].at_home() && Bucket::overflow(control) == 0 && bucket.end_read(control);
   return nowhere ? false : read_row(id, flight.hash[i], out);
 }
 

@@ -28,25 +28,18 @@ FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write&
     for (std::size_t i = 0; i < count; ++i) {
       const Item& item = items[i];
       Shard& shard = shard_of(flight.hash[i]);
-      Bucket* bucket = flight.span[i].bucket;
-      RowMeta* meta = flight.header[i];
-      float* floats = flight.row[i];
-      if (meta == nullptr || meta->key.load() != item.id) {  // not plain: another key with the same tag, or none
-        const Index::Place place = shard.index().locate(item.id, flight.hash[i]);
-        const Handle handle = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
-        if (!is_row(handle)) {
-          const bool candidate = is_candidate(handle);
-          group.newcomers.push_back({static_cast<std::uint32_t>(first + i), Verdict::kInsert, false, candidate,
-                                     candidate ? shard.candidate(handle).word.load(std::memory_order_relaxed) : 0});
-          continue;
-        }
-        bucket = place.bucket;
-        meta = &shard.meta(handle);
-        floats = shard.floats(handle);
+      const Handle handle = flight.handle[i];
+      if (!is_row(handle)) {
+        const bool candidate = is_candidate(handle);
+        group.newcomers.push_back({static_cast<std::uint32_t>(first + i), Verdict::kInsert, false, candidate,
+                                   candidate ? shard.candidate(handle).word.load(std::memory_order_relaxed) : 0});
+        continue;
       }
-      const BucketLock lock(*bucket);
-      keeper.keep_row(item.id, floats, *meta);
-      write(shard, item, *meta, floats);
+      RowMeta& meta = *flight.header[i];
+      float* const floats = flight.row[i];
+      const BucketLock lock(*flight.span[i].bucket);
+      keeper.keep_row(item.id, floats, meta);
+      write(shard, item, meta, floats);
       ++written;
     }
   }
@@ -94,7 +87,6 @@ void EmbeddingTable::insert_row(const Item& item, Newcomer& newcomer, const Fill
   keep_candidate(item.id, newcomer);
   const Handle handle = shard.take_row();
   RowMeta& meta = shard.meta(handle);
-  meta.key.store(item.id);
   meta.dirty_epoch.store(0, std::memory_order_relaxed);
   meta.last_seen.store(0, std::memory_order_relaxed);
   const std::uint32_t count = newcomer.was_candidate ? Candidate::from(newcomer.word).count : 0;
@@ -103,7 +95,7 @@ void EmbeddingTable::insert_row(const Item& item, Newcomer& newcomer, const Fill
   fill(shard, meta, shard.floats(handle));
   try {
     const Index::Place place = newcomer.was_candidate ? shard.index().locate(item.id, hash) : Index::Place{nullptr, 0};
-    shard.publish_row(place, hash, handle);
+    shard.publish_row(place, item.id, hash, handle);
   } catch (...) {
     shard.untake_row(handle);
     throw;

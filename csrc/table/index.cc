@@ -5,8 +5,7 @@
 
 namespace freshet {
 
-Index::Index(Reclaimer* reclaimer, const RowStore* rows, const RowStore* candidates, unsigned bits)
-    : reclaimer_(reclaimer), rows_(rows), candidates_(candidates), directory_(make_directory(bits, 0)) {
+Index::Index(Reclaimer* reclaimer, unsigned bits) : reclaimer_(reclaimer), directory_(make_directory(bits, 0)) {
   try {
     directory_.load()->entries()[0].store(entry_of(make_segment(0, 0)));
   } catch (...) {
@@ -43,7 +42,6 @@ Index::Directory* Index::make_directory(unsigned shard_bits, unsigned depth) {
 }
 
 Index::Found Index::find(std::int64_t key, std::uint64_t hash) const noexcept {
-  const Tag tag = tag_of(hash);
   for (Span at = span(hash);;) {
     const Bucket& bucket = *at.bucket;
     const std::uint32_t control = bucket.begin_read();
@@ -51,38 +49,32 @@ Index::Found Index::find(std::int64_t key, std::uint64_t hash) const noexcept {
       at = span(hash);
       continue;
     }
-    for (SlotSet slots = bucket.slots_with(tag); !slots.empty(); slots.remove_first()) {
-      const Handle handle = bucket.at(slots.first());
-      if (key_of(handle) == key) return {&bucket, control, handle};
-    }
+    const Handle handle = bucket.find(key);
+    if (handle != kAbsent) return {&bucket, control, handle};
     if (!bucket.end_read(control)) continue;
     if (Bucket::overflow(control) == 0 || !at.step()) return {&bucket, control, kAbsent};
   }
 }
 
-std::uint64_t Index::list_segment(std::uint64_t at, std::vector<Handle>* handles) const {
-  const std::size_t before = handles->size();
+std::uint64_t Index::list_segment(std::uint64_t at, std::vector<KeyHandle>* entries) const {
+  const std::size_t before = entries->size();
   for (;;) {
-    handles->resize(before);
+    entries->resize(before);
     const Directory* directory = directory_.load(std::memory_order_acquire);
     const Entry entry = directory->entries()[directory->position(at)].load(std::memory_order_acquire);
     bool retired = false;
     for (std::uint32_t b = 0; b < kBuckets[entry & kClassMask] && !retired; ++b) {
       const Bucket& bucket = segment_of(entry)->buckets()[b];
-      const std::size_t start = handles->size();
+      const std::size_t start = entries->size();
       for (;;) {
         const std::uint32_t control = bucket.begin_read();
         retired = Bucket::retired(control);
-        SlotSet empty = bucket.slots_with(0);
         for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
-          if (!empty.empty() && empty.first() == slot) {
-            empty.remove_first();
-          } else {
-            handles->push_back(bucket.at(slot));
-          }
+          const Handle handle = bucket.at(slot);
+          if (handle != kAbsent) entries->push_back({bucket.key[slot].load(std::memory_order_relaxed), handle});
         }
         if (bucket.end_read(control)) break;
-        handles->resize(start);
+        entries->resize(start);
       }
     }
     if (retired) continue;  // the directory names its successor already
@@ -91,30 +83,30 @@ std::uint64_t Index::list_segment(std::uint64_t at, std::vector<Handle>* handles
   }
 }
 
-Index::Place Index::place_in(Segment* segment, std::uint64_t hash, Handle handle) noexcept {
+Index::Place Index::place_in(Segment* segment, std::int64_t key, std::uint64_t hash, Handle handle) noexcept {
   const std::uint32_t buckets = kBuckets[segment->size_class];
   std::size_t b = bucket_index(hash, buckets);
   for (;;) {  // ends: a segment is never full
     Bucket& bucket = segment->buckets()[b];
     const BucketLock lock(bucket);
-    const SlotSet empty = bucket.slots_with(0);
-    if (!empty.empty()) {
-      bucket.set(empty.first(), tag_of(hash), handle);
+    const std::size_t empty = bucket.slot_of(kAbsent);
+    if (empty != Bucket::kSlots) {
+      bucket.set(empty, key, handle);
       ++segment->used;
-      return {&bucket, empty.first()};
+      return {&bucket, empty};
     }
     bucket.count_overflow();
     b = b + 1 == buckets ? 0 : b + 1;
   }
 }
 
-Index::Place Index::insert(std::uint64_t hash, Handle handle) {
+Index::Place Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
   Segment* segment = segment_of(entry_at(hash));
   while (segment->used >= limit(segment->size_class)) {  // more than once only if all keys of a split fall on one side
     grow(segment, hash);
     segment = segment_of(entry_at(hash));
   }
-  const Place place = place_in(segment, hash, handle);
+  const Place place = place_in(segment, key, hash, handle);
   set_size(size() + 1);
   return place;
 }
@@ -129,7 +121,7 @@ void Index::erase(Place place, std::uint64_t hash) noexcept {
   }
   {
     const BucketLock lock(*place.bucket);
-    place.bucket->set(place.slot, 0, 0);
+    place.bucket->set(place.slot, 0, kAbsent);
   }
   --segment->used;
   set_size(size() - 1);
@@ -137,12 +129,11 @@ void Index::erase(Place place, std::uint64_t hash) noexcept {
 
 std::uint32_t Index::class_for(std::size_t keys) noexcept {
   std::uint32_t size_class = 0;
-  while (size_class < kLastClass && limit(size_class) * 9 / 10 < keys) ++size_class;
+  while (size_class < kLastClass && limit(size_class) * 19 / 20 < keys) ++size_class;
   return size_class;
 }
 
 void Index::grow(Segment* old, std::uint64_t hash) {
-  constexpr std::size_t kBlock = 64;  // keys on their way from memory
   reclaimer_->reserve(2);
   const bool split = old->size_class == kLastClass;
   if (split && old->depth == directory_.load(std::memory_order_relaxed)->depth) deepen();
@@ -152,15 +143,9 @@ void Index::grow(Segment* old, std::uint64_t hash) {
   const unsigned shard_bits = directory_.load(std::memory_order_relaxed)->shard_bits;
   const std::uint64_t side = std::uint64_t{1} << (63 - shard_bits - old->depth);  // the bit that tells the halves apart
   std::size_t upper = 0;
-  for (std::size_t first = 0; first < moving_.size(); first += kBlock) {
-    const std::size_t last = std::min(moving_.size(), first + kBlock);
-    for (std::size_t i = first; i < last; ++i) {
-      if (is_row(moving_[i])) prefetch_read(rows_->header(moving_[i]));
-    }
-    for (std::size_t i = first; i < last; ++i) {
-      hashes_[i] = hash_id(key_of(moving_[i]));
-      upper += (hashes_[i] & side) != 0 ? 1 : 0;
-    }
+  for (std::size_t i = 0; i < moving_.size(); ++i) {
+    hashes_[i] = hash_id(moving_[i].key);
+    upper += (hashes_[i] & side) != 0 ? 1 : 0;
   }
   if (!split) {
     replace(old, make_segment(old->size_class + 1, old->depth), nullptr, hash, side);
@@ -178,7 +163,7 @@ void Index::grow(Segment* old, std::uint64_t hash) {
 
 void Index::replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept {
   for (std::size_t i = 0; i < moving_.size(); ++i) {
-    place_in(high != nullptr && (hashes_[i] & side) != 0 ? high : low, hashes_[i], moving_[i]);
+    place_in(high != nullptr && (hashes_[i] & side) != 0 ? high : low, moving_[i].key, hashes_[i], moving_[i].handle);
   }
   link(low, high == nullptr ? hash : hash & ~side);
   if (high != nullptr) link(high, hash | side);

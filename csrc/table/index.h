@@ -9,14 +9,12 @@
 #include "bucket.h"
 #include "hash.h"
 #include "reclaimer.h"
-#include "row_meta.h"
-#include "row_store.h"
 
 namespace freshet {
 
-// Extendible hashing: a directory of 2^depth entries names segments of 1 to 255 buckets. A full segment is replaced by a
-// larger one or by two, so an insertion moves at most one segment's keys (about 2,600) and never the whole table.
-// About 7 bytes per key: small enough that much of it stays in the caches. The keys themselves lie in the rows.
+// Extendible hashing: a directory of 2^depth entries names segments of 1 to 511 buckets. A full segment is replaced by a
+// larger one or by two, so an insertion moves at most one segment's keys (about 2,000) and never the whole table; keys are
+// moved from bucket to bucket, and no row is touched. About 17 bytes per key.
 // A directory has at most 2^17 entries, which is some 200 M keys; beyond (or for ids chosen so that their hashes agree in
 // more bits) insertion throws std::bad_alloc, so that such ids cost no more than that.
 //
@@ -24,23 +22,16 @@ namespace freshet {
 //  * a key lies in the segment of its hash prefix, in its home bucket or, where all buckets from there on are full, in a
 //    later one (cyclic); it never moves within a segment, so a reader that starts after `insert` returned finds it;
 //  * buckets that a key went past have it in their overflow count, so a search ends at the first count of zero;
-//  * the row of a handle holds its key before the handle is inserted and until it has been erased;
 //  * readers hold a Reclaimer::Guard from before the first call until they are done with the buckets they got.
 class Index {
  public:
-  // rows, candidates (nullptr: there are none): where the keys lie, at the start of each header; they must outlive the index.
   // bits: how many top bits of the hash chose this shard and are equal for all its keys.
-  Index(Reclaimer* reclaimer, const RowStore* rows, const RowStore* candidates, unsigned bits);
+  Index(Reclaimer* reclaimer, unsigned bits);
   ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
 
   // Any thread
-
-  std::int64_t key_of(Handle handle) const noexcept {
-    const char* const header = is_row(handle) ? rows_->header(handle) : candidates_->header(handle & ~kCandidateBit);
-    return reinterpret_cast<const StoredKey*>(header)->load();
-  }
 
   // The buckets of a segment, cyclic from the home of a hash on.
   struct Span {
@@ -77,9 +68,9 @@ class Index {
 
   std::size_t size() const noexcept { return size_.load(std::memory_order_relaxed); }  // rows and candidates
 
-  // Appends the handles in the segment of the hash `at`, and returns the last hash that belongs to it. Beside the writer,
+  // Appends the entries in the segment of the hash `at`, and returns the last hash that belongs to it. Beside the writer,
   // what is inserted or erased meanwhile may or may not be seen; all else is, once.
-  std::uint64_t list_segment(std::uint64_t at, std::vector<Handle>* handles) const;
+  std::uint64_t list_segment(std::uint64_t at, std::vector<KeyHandle>* entries) const;
 
   // The writer
 
@@ -87,13 +78,11 @@ class Index {
     Bucket* bucket;  // nullptr if absent
     std::size_t slot;
   };
-  Place locate(std::int64_t key, std::uint64_t hash) const noexcept { return locate_from(span(hash), key, hash); }
-  Place locate_from(Span at, std::int64_t key, std::uint64_t hash) const noexcept {
-    const Tag tag = tag_of(hash);
+  Place locate(std::int64_t key, std::uint64_t hash) const noexcept { return locate_from(span(hash), key); }
+  Place locate_from(Span at, std::int64_t key) const noexcept {
     do {
-      for (SlotSet slots = at.bucket->slots_with(tag); !slots.empty(); slots.remove_first()) {
-        if (key_of(at.bucket->at(slots.first())) == key) return {at.bucket, slots.first()};
-      }
+      const Handle handle = at.bucket->find(key);
+      if (handle != kAbsent) return {at.bucket, at.bucket->slot_of(handle)};
     } while (Bucket::overflow(at.bucket->control.load(std::memory_order_relaxed)) != 0 && at.step());
     return {nullptr, 0};
   }
@@ -107,7 +96,7 @@ class Index {
 
   // Adds the handle of an absent key. May replace its segment: spans and places in it are then retired.
   // std::bad_alloc: nothing has changed.
-  Place insert(std::uint64_t hash, Handle handle);
+  Place insert(std::int64_t key, std::uint64_t hash, Handle handle);
   void erase(Place place, std::uint64_t hash) noexcept;
 
  private:
@@ -135,10 +124,10 @@ class Index {
     }
   };
 
-  // With the header, segments are whole pages. From the last size a segment splits into two, mostly of the size before:
-  // the load stays between 0.57 and 0.85. Should all keys fall on one side, that side gets the last size again.
-  static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 191, 255};
-  static constexpr std::uint32_t kLastClass = 8;
+  // With the header, the larger segments are whole pages. From the last size a segment splits into two, mostly of the
+  // fourth last size: the load stays between 0.64 and 0.8. Should all keys fall on one side, it gets the last size again.
+  static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 191, 255, 319, 383, 447, 511};
+  static constexpr std::uint32_t kLastClass = 12;
 
   static Segment* segment_of(Entry entry) noexcept { return reinterpret_cast<Segment*>(entry & ~kClassMask); }
   static Entry entry_of(Segment* segment) noexcept { return reinterpret_cast<Entry>(segment) | segment->size_class; }
@@ -146,7 +135,7 @@ class Index {
     return static_cast<std::size_t>((hash & 0xffffffffU) * buckets >> 32);
   }
   static std::size_t limit(std::uint32_t size_class) noexcept {
-    return kBuckets[size_class] * Bucket::kSlots * 17 / 20;
+    return kBuckets[size_class] * Bucket::kSlots * 4 / 5;
   }
   static std::size_t bytes(std::uint32_t size_class) noexcept {
     return sizeof(Segment) + kBuckets[size_class] * sizeof(Bucket);
@@ -162,7 +151,7 @@ class Index {
   void release(void* memory, std::size_t size) noexcept { reclaimer_->arena().free(memory, size); }
   Directory* make_directory(unsigned shard_bits, unsigned depth);
   Segment* make_segment(std::uint32_t size_class, unsigned depth);
-  static Place place_in(Segment* segment, std::uint64_t hash, Handle handle) noexcept;
+  static Place place_in(Segment* segment, std::int64_t key, std::uint64_t hash, Handle handle) noexcept;
   void grow(Segment* segment, std::uint64_t hash);
   void replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept;
   static std::uint32_t class_for(std::size_t keys) noexcept;
@@ -170,11 +159,9 @@ class Index {
   void deepen();
 
   Reclaimer* const reclaimer_;
-  const RowStore* const rows_;
-  const RowStore* const candidates_;
   std::atomic<Directory*> directory_;
   std::atomic<std::size_t> size_{0};
-  std::vector<Handle> moving_;  // scratch of grow: the handles of a segment
+  std::vector<KeyHandle> moving_;  // scratch of grow: what a segment holds
   std::vector<std::uint64_t> hashes_;
 };
 

@@ -21,25 +21,8 @@ inline Seconds to_seconds(std::int64_t us) noexcept {
 }
 inline std::int64_t to_microseconds(Seconds s) noexcept { return std::int64_t{s} * kMicroseconds; }
 
-// A full 64-bit key on a 4-byte boundary. Readers may look while a writer gives the row to another key: what they saw is
-// proven afterwards by the bucket's version.
-struct StoredKey {
-  std::atomic<std::uint32_t> low;
-  std::atomic<std::uint32_t> high;
-
-  std::int64_t load() const noexcept {
-    return static_cast<std::int64_t>(std::uint64_t{high.load(std::memory_order_relaxed)} << 32 |
-                                     low.load(std::memory_order_relaxed));
-  }
-  void store(std::int64_t key) noexcept {
-    low.store(static_cast<std::uint32_t>(key), std::memory_order_relaxed);
-    high.store(static_cast<std::uint32_t>(static_cast<std::uint64_t>(key) >> 32), std::memory_order_relaxed);
-  }
-};
-
 // Changed by the writer under the lock of the row's bucket, read by others under the same rule as the floats.
 struct RowMeta {
-  StoredKey key;
   std::atomic<Epoch> dirty_epoch;    // of the last change
   std::atomic<Seconds> last_seen;    // newest event that updated (or, by setting, read) the row
   std::atomic<std::uint16_t> count;  // occurrences in updates; stays at its largest value
@@ -53,7 +36,7 @@ struct RowMeta {
     if (now > last_seen.load(std::memory_order_relaxed)) last_seen.store(now, std::memory_order_relaxed);
   }
 };
-static_assert(sizeof(RowMeta) == 20, "bookkeeping is a promise: see TableStats::overhead_bytes");
+static_assert(sizeof(RowMeta) == 12, "bookkeeping is a promise: see TableStats::overhead_bytes");
 
 // An id that was seen but not admitted: how often, and in which hour (mod 2^16) last.
 struct Candidate {
@@ -69,9 +52,8 @@ struct Candidate {
   std::uint32_t age_hours(Seconds now) const noexcept { return (hour_of(now) - hour) & 0xffffU; }
 };
 
-// The 12 bytes that a candidate takes instead of a row.
+// The 4 bytes that a candidate takes instead of a row.
 struct CandidateRecord {
-  StoredKey key;
   std::atomic<std::uint32_t> word;
 };
 

@@ -34,8 +34,8 @@ ServingTable::ServingTable(const ServingConfig& config)
     : config_(checked(config)),
       codec_(config.precision, config.dim),
       init_key_(table_key(config.seed, config.slot_hash)),
-      store_(&reclaimer_, sizeof(StoredKey), codec_.row_bytes()),
-      index_(&reclaimer_, &store_, nullptr, 0),
+      store_(&reclaimer_, 0, codec_.row_bytes()),
+      index_(&reclaimer_, 0),
       encoded_(codec_.row_bytes()) {}
 
 ServingStats ServingTable::stats() const noexcept {
@@ -68,12 +68,8 @@ template <typename KeyAt>
 void ServingTable::prefetch(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept {
   for (std::size_t i = from; i < to; ++i) prefetch_write(index_.span(hash_id(key_at(i))).bucket);
   for (std::size_t i = from; i < to; ++i) {
-    const std::uint64_t hash = hash_id(key_at(i));
-    const Bucket& bucket = *index_.span(hash).bucket;
-    const SlotSet slots = bucket.slots_with(tag_of(hash));
-    if (slots.empty()) continue;
-    prefetch_write(store_.header(bucket.at(slots.first())));
-    prefetch_row_for_write(store_.row(bucket.at(slots.first())), codec_.row_bytes());
+    const Handle handle = index_.span(hash_id(key_at(i))).bucket->find(key_at(i));
+    if (handle != kAbsent) prefetch_row_for_write(store_.row(handle), codec_.row_bytes());
   }
 }
 
@@ -81,11 +77,10 @@ void ServingTable::prefetch(std::size_t from, std::size_t to, const KeyAt& key_a
 void ServingTable::insert_row(std::int64_t key, std::uint64_t hash, const float* weights) {
   store_.reserve(1);
   const Handle handle = store_.take();
-  reinterpret_cast<StoredKey*>(store_.header(handle))->store(key);
   codec_.encode(weights, encoded_.data());
   write_encoded(store_.row(handle));  // which a reader of its former key may still be copying
   try {
-    index_.insert(hash, handle);
+    index_.insert(key, hash, handle);
   } catch (...) {
     store_.give_back(handle);
     throw;

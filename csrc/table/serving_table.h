@@ -26,7 +26,7 @@ struct ServingConfig {
 struct ServingStats {
   std::uint64_t rows = 0;
   std::uint64_t row_bytes = 0;       // encoded weights, free places in slabs included
-  std::uint64_t overhead_bytes = 0;  // index, and the keys in the rows
+  std::uint64_t overhead_bytes = 0;  // index
   std::uint64_t looked_up = 0;       // ids asked for since the table was made
   std::uint64_t missed = 0;          // of these, ids without a row
   std::uint64_t upserted = 0;        // rows written
@@ -34,7 +34,7 @@ struct ServingStats {
 };
 
 // Invariants:
-//  * a row is its key (StoredKey) and the encoded weights; index_ has exactly one row for each served key;
+//  * a row is its encoded weights; index_ has exactly one row for each served key;
 //  * a new row is complete before it is in the index; a served row changes, and a removed one is taken anew, only after
 //    its bucket's version did. So a reader that finds the version unchanged has read one whole row of its key.
 //

@@ -15,36 +15,31 @@ namespace {
 constexpr std::size_t kBlock = 64;          // probes in flight
 constexpr std::size_t kTask = 16 * kBlock;  // ids per task of a thread
 
-// One id of a block on its way: which bucket is being looked at, and what came out. Likely: a row has the id's tag.
+// One id of a block on its way: which bucket is being looked at, and what came out.
 struct Probe {
-  enum class State { kSearching, kLikely, kAbsent, kUnclear } state;
+  enum class State { kSearching, kFound, kAbsent, kUnclear } state;
   std::uint64_t hash;
   Index::Span span;
   std::uint32_t control;
-  const char* header;
   const char* row;
 };
 
-// Looks for the tag in the bucket that has arrived. Unclear: a writer is at work on it, or has replaced it. Each bucket
+// Looks for the id in the bucket that has arrived. Unclear: a writer is at work on it, or has replaced it. Each bucket
 // is proven before the next, as in Index::find, and a handle before it is followed.
-inline void look(Probe& probe, const RowStore& store) noexcept {
+inline void look(Probe& probe, std::int64_t id, const RowStore& store) noexcept {
   const Bucket& bucket = *probe.span.bucket;
   probe.control = bucket.control.load(std::memory_order_acquire);
-  const SlotSet slots = bucket.slots_with(tag_of(probe.hash));
-  const Handle handle = slots.empty() ? kAbsent : bucket.at(slots.first());
+  const Handle handle = bucket.find(id);
   const bool proven = (probe.control & (Bucket::kVersion | Bucket::kRetired)) == 0 && bucket.end_read(probe.control);
   if (!proven) {
     probe.state = Probe::State::kUnclear;
   } else if (handle != kAbsent) {
-    probe.header = store.header(handle);
     probe.row = store.row(handle);
-    probe.state = Probe::State::kLikely;
+    probe.state = Probe::State::kFound;
   } else if (Bucket::overflow(probe.control) == 0 || !probe.span.step()) {
     probe.state = Probe::State::kAbsent;
   }
 }
-
-std::int64_t key_of(const char* header) noexcept { return reinterpret_cast<const StoredKey*>(header)->load(); }
 
 FRESHET_INLINE void prefetch_row(const char* row, std::size_t bytes) noexcept {
   const std::size_t before = reinterpret_cast<std::uintptr_t>(row) % kCacheLine;
@@ -91,8 +86,7 @@ bool ServingTable::read_row(std::int64_t id, std::uint64_t hash, float* out) con
 }
 
 // In passes, so that cache misses overlap: the buckets are on their way while hashes are computed, the rows (or, where
-// a bucket was full, the next one) while tags are compared. Then keys are compared and rows decoded, and both proven by
-// the bucket's version. What is not so plain takes the complete search.
+// a bucket was full, the next one) while keys are compared. Then rows are decoded, and proven by the bucket's version. What is not so plain takes the complete search.
 std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, float* out,
                                      Missing missing) const noexcept {
   using State = Probe::State;
@@ -100,18 +94,15 @@ std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, flo
   std::array<std::uint8_t, kBlock> searching;
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint64_t hash = hash_id(ids[i]);
-    probes[i] = {State::kSearching, hash, index_.span(hash), 0, nullptr, nullptr};
+    probes[i] = {State::kSearching, hash, index_.span(hash), 0, nullptr};
     prefetch_read(probes[i].span.bucket);
     searching[i] = static_cast<std::uint8_t>(i);
   }
   for (std::size_t left = n, still = 0; left != 0; left = still, still = 0) {
     for (std::size_t s = 0; s < left; ++s) {
       Probe& probe = probes[searching[s]];
-      look(probe, store_);
-      if (probe.state == State::kLikely) {
-        prefetch_read(probe.header);
-        prefetch_row(probe.row, codec_.row_bytes());
-      }
+      look(probe, ids[searching[s]], store_);
+      if (probe.state == State::kFound) prefetch_row(probe.row, codec_.row_bytes());
       if (probe.state != State::kSearching) continue;
       prefetch_read(probe.span.bucket);
       searching[still++] = searching[s];
@@ -120,7 +111,7 @@ std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, flo
   std::size_t absent = 0;
   for (std::size_t i = 0; i < n; ++i, out += config_.dim) {
     const Probe& probe = probes[i];
-    bool found = probe.state == State::kLikely && key_of(probe.header) == ids[i];
+    bool found = probe.state == State::kFound;
     if (found) decode_racy(codec_, probe.row, out);
     const bool proven = probe.state == State::kAbsent || (found && probe.span.bucket->end_read(probe.control));
     if (!proven) found = read_row(ids[i], probe.hash, out);

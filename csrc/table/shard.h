@@ -27,7 +27,7 @@ class Shard {
   Shard(Reclaimer* reclaimer, unsigned bits, std::size_t floats)
       : rows_(reclaimer, sizeof(RowMeta), floats * sizeof(float)),
         candidates_(reclaimer, sizeof(CandidateRecord), 0),
-        index_(reclaimer, &rows_, &candidates_, bits) {}
+        index_(reclaimer, bits) {}
 
   // Any thread
 
@@ -66,7 +66,7 @@ class Shard {
     dirty_.note(key);
   }
 
-  // A row that nobody sees yet; complete it, with its key, then publish it. std::bad_alloc: nothing has changed.
+  // A row that nobody sees yet; complete it, then publish it. std::bad_alloc: nothing has changed.
   Handle take_row() {
     rows_.reserve(1);
     return rows_.take();
@@ -75,15 +75,15 @@ class Shard {
 
   // Makes the row stand for its key, which is absent, or (place) a candidate. Returns the bucket.
   // std::bad_alloc: nothing has changed.
-  Bucket* publish_row(Index::Place place, std::uint64_t hash, Handle handle) {
+  Bucket* publish_row(Index::Place place, std::int64_t key, std::uint64_t hash, Handle handle) {
     candidates_.reserve_back(1);
     if (place.bucket == nullptr) {
-      place = index_.insert(hash, handle);
+      place = index_.insert(key, hash, handle);
     } else {
       const Handle candidate = place.bucket->at(place.slot);
       {
         const BucketLock lock(*place.bucket);
-        place.bucket->set(place.slot, tag_of(hash), handle);
+        place.bucket->set(place.slot, key, handle);
       }
       candidates_.give_back(candidate & ~kCandidateBit);
     }
@@ -100,10 +100,9 @@ class Shard {
     }
     candidates_.reserve(1);
     const Handle handle = candidates_.take();
-    candidate(handle).key.store(key);
     candidate(handle).word.store(word, std::memory_order_relaxed);
     try {
-      index_.insert(hash, handle | kCandidateBit);
+      index_.insert(key, hash, handle | kCandidateBit);
     } catch (...) {
       candidates_.give_back(handle);
       throw;
@@ -133,13 +132,12 @@ class Shard {
     }
   }
   // The inverse of publishing a row for a candidate; the place it gave up is still free.
-  void demote(Index::Place place, std::int64_t key, std::uint64_t hash, std::uint32_t word) noexcept {
+  void demote(Index::Place place, std::int64_t key, std::uint32_t word) noexcept {
     const Handle row = place.bucket->at(place.slot), handle = candidates_.take();
-    candidate(handle).key.store(key);
     candidate(handle).word.store(word, std::memory_order_relaxed);
     {
       const BucketLock lock(*place.bucket);
-      place.bucket->set(place.slot, tag_of(hash), handle | kCandidateBit);
+      place.bucket->set(place.slot, key, handle | kCandidateBit);
     }
     rows_.give_back(row);
     set_size(size() - 1);

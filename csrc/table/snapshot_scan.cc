@@ -157,17 +157,17 @@ bool SnapshotScan::next_candidates(Block* block) {
 void SnapshotScan::scan_segment(Block* block) {
   const Reclaimer::Guard guard(table_.reclaimer_);
   const Shard& shard = table_.shard_of(at_);
-  handles_.clear();
-  const std::uint64_t last = shard.index().list_segment(at_, &handles_);
-  for (std::size_t i = 0; i < handles_.size(); ++i) {
-    if (i + kRowsAhead < handles_.size() && is_row(handles_[i + kRowsAhead])) {
-      prefetch_read(&shard.meta(handles_[i + kRowsAhead]));
-      prefetch_lines(shard.floats(handles_[i + kRowsAhead]), table_.float_bytes());
+  entries_.clear();
+  const std::uint64_t last = shard.index().list_segment(at_, &entries_);
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    if (i + kRowsAhead < entries_.size() && is_row(entries_[i + kRowsAhead].handle)) {
+      prefetch_read(&shard.meta(entries_[i + kRowsAhead].handle));
+      prefetch_lines(shard.floats(entries_[i + kRowsAhead].handle), table_.float_bytes());
     }
-    if (is_row(handles_[i])) {
-      claim_row(block, shard, handles_[i]);
+    if (is_row(entries_[i].handle)) {
+      claim_row(block, shard, entries_[i]);
     } else {
-      copy_candidate(block, shard, handles_[i]);
+      copy_candidate(block, shard, entries_[i]);
     }
   }
   scanned_ = last == kLastHash;
@@ -176,16 +176,17 @@ void SnapshotScan::scan_segment(Block* block) {
 
 // Copies the row and claims it; the writer, who claims before it changes a row, may have been first. A row that was
 // given to another key meanwhile has this snapshot's number from then on.
-void SnapshotScan::claim_row(Block* block, const Shard& shard, Handle handle) const {
-  RowMeta& meta = shard.meta(handle);
+void SnapshotScan::claim_row(Block* block, const Shard& shard, KeyHandle entry) const {
+  RowMeta& meta = shard.meta(entry.handle);
   for (;;) {
-    if (meta.saved.load(std::memory_order_acquire) == number_) return;
-    const std::int64_t key = meta.key.load();
-    const Index::Found found = shard.index().find(key, hash_id(key));
-    if (found.handle != handle) continue;  // the row is on its way to another key: look again
+    const Index::Found found = shard.index().find(entry.key, hash_id(entry.key));
     std::uint16_t before = meta.saved.load(std::memory_order_acquire);
     if (before == number_) return;
-    add(block, key, shard.floats(handle), meta);
+    if (found.handle != entry.handle) {
+      if (found.bucket->end_read(found.control)) return;  // gone: the writer has saved it
+      continue;
+    }
+    add(block, entry.key, shard.floats(entry.handle), meta);
     if (found.bucket->end_read(found.control) &&
         meta.saved.compare_exchange_strong(before, number_, std::memory_order_acq_rel)) {
       return;
@@ -195,17 +196,16 @@ void SnapshotScan::claim_row(Block* block, const Shard& shard, Handle handle) co
 }
 
 // A candidate that changes comes with next_candidates, as it was.
-void SnapshotScan::copy_candidate(Block* block, const Shard& shard, Handle handle) {
-  const CandidateRecord& record = shard.candidate(handle);
+void SnapshotScan::copy_candidate(Block* block, const Shard& shard, KeyHandle entry) {
+  const CandidateRecord& record = shard.candidate(entry.handle);
   for (;;) {
-    const std::int64_t key = record.key.load();
-    const Index::Found found = shard.index().find(key, hash_id(key));
+    const Index::Found found = shard.index().find(entry.key, hash_id(entry.key));
     const std::uint32_t word = record.word.load(std::memory_order_relaxed);
     if (!found.bucket->end_read(found.control)) continue;
-    if (found.handle != handle) return;  // gone: the writer has saved it
+    if (found.handle != entry.handle) return;  // gone: the writer has saved it
     const std::lock_guard<std::mutex> lock(saved_mutex_);
-    if (saved_candidates_.count(key) != 0) return;
-    block->candidate_keys.push_back(key);
+    if (saved_candidates_.count(entry.key) != 0) return;
+    block->candidate_keys.push_back(entry.key);
     block->candidates.push_back(word);
     return;
   }

@@ -100,8 +100,8 @@ class SnapshotScan {
   }
   bool next_candidates(Block* block);
   void scan_segment(Block* block);
-  void claim_row(Block* block, const Shard& shard, Handle handle) const;
-  void copy_candidate(Block* block, const Shard& shard, Handle handle);
+  void claim_row(Block* block, const Shard& shard, KeyHandle entry) const;
+  void copy_candidate(Block* block, const Shard& shard, KeyHandle entry);
 
   EmbeddingTable& table_;
   std::uint16_t number_ = 0;
@@ -112,7 +112,7 @@ class SnapshotScan {
   std::vector<Epoch> tombstone_epochs_;
   Epoch dropped_to_ = 0;
   std::size_t rows_ = 0;
-  std::vector<Handle> handles_;  // of the segment at work
+  std::vector<KeyHandle> entries_;  // of the segment at work
   bool ended_ = false;
 
   std::mutex saved_mutex_;

@@ -12,17 +12,18 @@ namespace freshet {
 // visitor must not change the index.
 template <typename Visit>
 void EmbeddingTable::for_each_in(std::uint64_t from, std::uint64_t to, const Visit& visit) const {
-  constexpr std::size_t kAhead = 16;  // keys on their way from memory
-  std::vector<Handle> handles;
+  constexpr std::size_t kAhead = 16;  // bookkeeping on its way from memory
+  std::vector<KeyHandle> entries;
   for (std::uint64_t at = from;;) {
     const Shard& shard = shard_of(at);
-    handles.clear();
-    const std::uint64_t last = shard.index().list_segment(at, &handles);
-    for (std::size_t i = 0; i < handles.size(); ++i) {
-      if (i + kAhead < handles.size() && is_row(handles[i + kAhead])) prefetch_read(&shard.meta(handles[i + kAhead]));
-      const std::int64_t key = shard.index().key_of(handles[i]);
-      const std::uint64_t hash = hash_id(key);
-      if (hash >= from && hash <= to) visit(key, hash, handles[i]);
+    entries.clear();
+    const std::uint64_t last = shard.index().list_segment(at, &entries);
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      if (i + kAhead < entries.size() && is_row(entries[i + kAhead].handle)) {
+        prefetch_read(&shard.meta(entries[i + kAhead].handle));
+      }
+      const std::uint64_t hash = hash_id(entries[i].key);
+      if (hash >= from && hash <= to) visit(entries[i].key, hash, entries[i].handle);
     }
     if (last >= to) return;
     at = last + 1;
