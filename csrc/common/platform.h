@@ -27,6 +27,7 @@
 namespace freshet {
 
 inline constexpr std::size_t kCacheLine = 64;
+inline constexpr std::size_t kLinePair = 2 * kCacheLine;  // what the L2 prefetchers of x86 fetch together
 
 // Always inlined: GCC takes a function that only prefetches for one without effect, and drops calls of it.
 FRESHET_INLINE void prefetch_read(const void* p) noexcept { __builtin_prefetch(p, 0, 3); }

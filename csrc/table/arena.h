@@ -34,6 +34,44 @@ inline void* allocate_aligned(std::size_t bytes, std::size_t align) {
   return memory;
 }
 
+// Memory that is kept until the end, one piece after the other out of large regions, so that all of it lies in huge pages.
+// What is not used yet of a region is address space alone. Any thread.
+class RegionArena {
+ public:
+  RegionArena() = default;
+  ~RegionArena() {
+    for (void* const region : regions_) std::free(region);
+  }
+  RegionArena(const RegionArena&) = delete;
+  RegionArena& operator=(const RegionArena&) = delete;
+
+  // bytes on a pair of cache lines. std::bad_alloc.
+  void* allocate(std::size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes = (bytes + kLinePair - 1) / kLinePair * kLinePair;
+    if (bytes > left_) add_region(bytes);
+    left_ -= bytes;
+    next_ += bytes;
+    return next_ - bytes;
+  }
+
+ private:
+  static constexpr std::size_t kRegion = 32 * kHugePage;
+
+  void add_region(std::size_t bytes) {
+    const std::size_t size = std::max(kRegion, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+    regions_.reserve(regions_.size() + 1);
+    next_ = static_cast<char*>(allocate_aligned(size, kHugePage));
+    left_ = size;
+    regions_.push_back(next_);
+  }
+
+  std::mutex mutex_;
+  std::vector<void*> regions_;
+  char* next_ = nullptr;
+  std::size_t left_ = 0;
+};
+
 // Invariants: a page of a chunk is taken exactly when its bit is set; what is given back merges with free neighbours by
 // itself. What is small comes from the heap, so that a small table holds no huge page. Any thread.
 class PageArena {

@@ -194,7 +194,7 @@ class EmbeddingTable {
                    std::uint8_t* is_absent) const;
   std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                         std::uint8_t* is_absent) const;
-  bool finish_read(const ReadFlight& flight, std::size_t i, std::int64_t id, float* out) const noexcept;
+  bool finish_read(const ReadFlight& flight, std::int64_t id, float* out) const noexcept;
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
 
   // A writing batch: collect, write the rows that are there, judge the newcomers, carry the verdicts out.

@@ -10,7 +10,8 @@
 namespace freshet {
 namespace {
 
-constexpr std::size_t kTask = 1024;  // ids per task of a thread
+constexpr std::size_t kTask = 2048;   // ids per task of a thread
+constexpr std::size_t kPooled = 128;  // rows of bags that are read before they are added up
 
 FRESHET_INLINE void read_missing(std::uint64_t key, std::int64_t id, float scale, std::size_t dim, bool initial,
                                  float* out) noexcept {
@@ -38,37 +39,32 @@ bool EmbeddingTable::read_row(std::int64_t id, std::uint64_t hash, float* out) c
 // (an id that is absent behind a full bucket, a writer at work) takes the complete search.
 FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                                                      std::uint8_t* is_absent) const {
-  ReadFlight flight;
   std::size_t absent = 0;
-  for (std::size_t first = 0; first < n; first += ReadFlight::kBlock) {
-    const std::int64_t* const block = ids + first;
-    const std::size_t count = std::min(ReadFlight::kBlock, n - first);
-    flight.send(
-        count, weight_bytes(), [block](std::size_t i) { return block[i]; },
-        [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); });
-    for (std::size_t i = 0; i < count; ++i) {
-      float* const to = out + (first + i) * config_.dim;
-      if (finish_read(flight, i, block[i], to)) continue;
-      ++absent;
-      if (is_absent != nullptr) is_absent[first + i] = 1;
-      read_missing(init_key_, block[i], config_.init_scale, config_.dim, missing == Missing::kInitial, to);
-    }
-  }
+  fly<Intent::kRead>(
+      n, weight_bytes(), [ids](std::size_t i) { return ids[i]; },
+      [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); },
+      [&](std::size_t i, const ReadFlight& flight) __attribute__((always_inline)) {
+        float* const to = out + i * config_.dim;
+        if (finish_read(flight, ids[i], to)) return;
+        ++absent;
+        if (is_absent != nullptr) is_absent[i] = 1;
+        read_missing(init_key_, ids[i], config_.init_scale, config_.dim, missing == Missing::kInitial, to);
+      });
   return absent;
 }
 
 // Whether the id has a row; if so, its weights are in out.
-FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::size_t i, std::int64_t id,
+FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::int64_t id,
                                                 float* out) const noexcept {
-  const std::uint32_t control = flight.control[i];
-  const Bucket& bucket = *flight.span[i].bucket;
-  if ((control & (Bucket::kVersion | Bucket::kRetired)) != 0) return read_row(id, flight.hash[i], out);
-  if (flight.row[i] != nullptr) {
-    copy_racy(flight.row[i], weight_bytes(), out);
-    return bucket.end_read(control) ? true : read_row(id, flight.hash[i], out);
+  const std::uint32_t control = flight.control;
+  const Bucket& bucket = *flight.span.bucket;
+  if ((control & (Bucket::kVersion | Bucket::kRetired)) != 0) return read_row(id, flight.hash, out);
+  if (flight.row != nullptr) {
+    copy_racy(flight.row, weight_bytes(), out);
+    return bucket.end_read(control) ? true : read_row(id, flight.hash, out);
   }
-  const bool nowhere = flight.handle[i] == kAbsent && flight.span[i].at_home() && Bucket::overflow(control) == 0 && bucket.end_read(control);
-  return nowhere ? false : read_row(id, flight.hash[i], out);
+  const bool nowhere = flight.handle == kAbsent && flight.span.at_home() && Bucket::overflow(control) == 0 && bucket.end_read(control);
+  return nowhere ? false : read_row(id, flight.hash, out);
 }
 
 std::size_t EmbeddingTable::lookup(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
@@ -83,10 +79,11 @@ std::size_t EmbeddingTable::lookup(const std::int64_t* ids, std::size_t n, float
 std::size_t EmbeddingTable::read(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                                  std::size_t threads, std::uint8_t* is_absent) const {
   std::atomic<std::size_t> absent{0};
-  parallel_for((n + kTask - 1) / kTask, threads, [&](std::size_t task) {
+  const std::size_t size = threads <= 1 && n != 0 ? n : kTask;  // nothing is in flight across tasks
+  parallel_for((n + size - 1) / size, threads, [&](std::size_t task) {
     const Reclaimer::Guard guard(reclaimer_);
-    const std::size_t at = task * kTask;
-    absent.fetch_add(read_rows(ids + at, std::min(kTask, n - at), out + at * config_.dim, missing,
+    const std::size_t at = task * size;
+    absent.fetch_add(read_rows(ids + at, std::min(size, n - at), out + at * config_.dim, missing,
                                is_absent != nullptr ? is_absent + at : nullptr),
                      std::memory_order_relaxed);
   });
@@ -99,7 +96,7 @@ std::size_t EmbeddingTable::lookup_pooled(const std::int64_t* ids, std::size_t n
   const Reclaimer::Guard guard(reclaimer_);
   const std::size_t absent =
       pool_bags(ids, n, offsets, bags, pooling == Pooling::kMean ? BagMean::kYes : BagMean::kNo, config_.dim,
-                ReadFlight::kBlock, threads, out, [&](const std::int64_t* block, std::size_t count, float* rows) {
+                kPooled, threads, out, [&](const std::int64_t* block, std::size_t count, float* rows) {
                   return read_rows(block, count, rows, missing, nullptr);
                 });
   counters_.looked_up.fetch_add(n, std::memory_order_relaxed);

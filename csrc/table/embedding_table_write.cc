@@ -15,34 +15,25 @@ namespace freshet {
 // newcomers. What it changes it has to mark dirty.
 template <typename Write>
 FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write& write) noexcept {
-  WriteFlight flight;
-  const std::size_t n = group.items.size();
+  const Item* const items = group.items.data();
   std::size_t written = 0;
-  for (std::size_t first = 0; first < n; first += WriteFlight::kBlock) {
-    const Item* const items = group.items.data() + first;
-    const std::size_t count = std::min(WriteFlight::kBlock, n - first);
-    flight.send(
-        count, float_bytes(), [items](std::size_t i) { return items[i].id; },
-        [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); });
-    SnapshotScan::Keeper keeper(snapshot_scan());
-    for (std::size_t i = 0; i < count; ++i) {
-      const Item& item = items[i];
-      Shard& shard = shard_of(flight.hash[i]);
-      const Handle handle = flight.handle[i];
-      if (!is_row(handle)) {
-        const bool candidate = is_candidate(handle);
-        group.newcomers.push_back({static_cast<std::uint32_t>(first + i), Verdict::kInsert, false, candidate,
-                                   candidate ? shard.candidate(handle).word.load(std::memory_order_relaxed) : 0});
-        continue;
-      }
-      RowMeta& meta = *flight.header[i];
-      float* const floats = flight.row[i];
-      const BucketLock lock(*flight.span[i].bucket);
-      keeper.keep_row(item.id, floats, meta);
-      write(shard, item, meta, floats);
-      ++written;
-    }
-  }
+  fly<Intent::kWrite>(
+      group.items.size(), float_bytes(), [items](std::size_t i) { return items[i].id; },
+      [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); },
+      [&](std::size_t i, const WriteFlight& flight) __attribute__((always_inline)) {
+        const Item& item = items[i];
+        Shard& shard = shard_of(flight.hash);
+        if (flight.row == nullptr) {
+          const bool candidate = is_candidate(flight.handle);
+          group.newcomers.push_back({static_cast<std::uint32_t>(i), Verdict::kInsert, false, candidate,
+                                     candidate ? shard.candidate(flight.handle).word.load(std::memory_order_relaxed) : 0});
+          return;
+        }
+        const BucketLock lock(*flight.span.bucket);
+        SnapshotScan::Keeper(snapshot_scan()).keep_row(item.id, flight.row, *flight.header);
+        write(shard, item, *flight.header, flight.row);
+        ++written;
+      });
   return written;
 }
 

@@ -35,6 +35,7 @@ class Reclaimer {
   };
 
   PageArena& arena() noexcept { return arena_; }
+  RegionArena& regions() noexcept { return regions_; }  // for what lives as long as the table
 
   Reclaimer() = default;
   ~Reclaimer() {
@@ -94,6 +95,7 @@ class Reclaimer {
   }
 
   PageArena arena_;
+  RegionArena regions_;
   std::array<Slot, kReaders> slots_;
   std::atomic<std::uint64_t> epoch_{1};
   std::mutex mutex_;

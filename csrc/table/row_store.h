@@ -21,8 +21,8 @@ namespace freshet {
 //  * `reserve(n)` makes n calls of `take` safe, `reserve_back(n)` n calls of `give_back`; neither then allocates.
 // One writer; any thread may ask for the address of a row that it has the number of, under a Reclaimer::Guard.
 //
-// Rows come in groups of 16, headers first: [16 headers][16 rows]. So rows lie on cache lines, which a vector store wants,
-// and a header on the page of its row or beside it, which the address translation wants.
+// Rows come in groups of 32, headers first: [32 headers][32 rows]. So rows of whole cache lines begin on an even one: the
+// processor fetches lines in pairs, and half a pair before and after each row would cost a third of the bandwidth.
 //
 // The first slab has 64 rows and each next one doubles the store, until a slab has about 2 MB and all have that size:
 // tiny tables stay tiny, and the address of a row in a large one costs a shift and one load.
@@ -32,13 +32,15 @@ class RowStore {
       : reclaimer_(reclaimer),
         header_bytes_(header_bytes),
         stride_(choose_stride(row_bytes)),
-        rows_at_((kGroup * header_bytes + kCacheLine - 1) / kCacheLine * kCacheLine),
+        rows_at_((kGroup * header_bytes + kLinePair - 1) / kLinePair * kLinePair),
         group_bytes_(rows_at_ + kGroup * stride_),
         shift_(choose_shift(group_bytes_ / kGroup)),
         small_slabs_(shift_ - kFirstShift) {}
   ~RowStore() {
     char** const slabs = slabs_.load();
-    for (std::size_t i = 0; i < count_; ++i) std::free(slabs[i]);
+    for (std::size_t i = 0; i < count_; ++i) {
+      if (slab_bytes(i) < kHugePage) std::free(slabs[i]);
+    }
     if (slabs != nullptr) reclaimer_->arena().free(slabs, room_ * sizeof(char*));
   }
   RowStore(const RowStore&) = delete;
@@ -74,7 +76,7 @@ class RowStore {
   void give_back(Handle handle) noexcept { free_.push_back(handle); }
 
  private:
-  static constexpr std::size_t kGroup = 16;
+  static constexpr std::size_t kGroup = 32;
   static constexpr unsigned kFirstShift = 6;
   static constexpr Handle kFirstRows = Handle{1} << kFirstShift;
 
@@ -108,8 +110,9 @@ class RowStore {
     const std::size_t rows = rows_in(count_);
     if (capacity_ + rows > kCandidateBit) throw std::length_error("a shard of the table cannot have more than 2^31 rows");
     grow_directory();
-    const std::size_t bytes = rows / kGroup * group_bytes_;
-    void* const slab = allocate_aligned(bytes, bytes >= kHugePage ? kHugePage : kCacheLine);
+    const std::size_t bytes = slab_bytes(count_);
+    void* const slab =
+        bytes < kHugePage ? allocate_aligned(bytes, kLinePair) : reclaimer_->regions().allocate(bytes);
     slabs_.load(std::memory_order_relaxed)[count_++] = static_cast<char*>(slab);  // no reader has its rows' numbers yet
     capacity_ += rows;
     capacity_shown_.store(capacity_, std::memory_order_relaxed);
@@ -127,6 +130,7 @@ class RowStore {
     room_ = room;
   }
 
+  std::size_t slab_bytes(std::size_t slab) const noexcept { return rows_in(slab) / kGroup * group_bytes_; }
   std::size_t rows_in(std::size_t slab) const noexcept {
     if (slab > small_slabs_) return std::size_t{1} << shift_;
     return std::size_t{kFirstRows} << (slab == 0 ? 0 : slab - 1);
