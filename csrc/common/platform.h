@@ -43,12 +43,16 @@ FRESHET_INLINE void prefetch_lines_for_write(const void* p, std::size_t bytes) n
 
 // Copies whole rows: vectors of the caller's width, then words. bytes must be a multiple of 4.
 FRESHET_INLINE void copy_words(const void* from, std::size_t bytes, void* to) noexcept {
-  typedef std::uint32_t Vector __attribute__((vector_size(64), aligned(4), may_alias));
+  // GCC takes a vector wider than the registers through the stack, so not wider than AVX2's.
+  typedef std::uint32_t Vector __attribute__((vector_size(32), aligned(4), may_alias));
   const char* source = static_cast<const char*>(from);
   char* target = static_cast<char*>(to);
   std::size_t at = 0;
-  for (; at + sizeof(Vector) <= bytes; at += sizeof(Vector)) {
-    *reinterpret_cast<Vector*>(target + at) = *reinterpret_cast<const Vector*>(source + at);
+  for (; at + kCacheLine <= bytes; at += kCacheLine) {
+    const Vector first = *reinterpret_cast<const Vector*>(source + at);
+    const Vector second = *reinterpret_cast<const Vector*>(source + at + sizeof(Vector));
+    *reinterpret_cast<Vector*>(target + at) = first;
+    *reinterpret_cast<Vector*>(target + at + sizeof(Vector)) = second;
   }
   for (; at < bytes; at += 4) std::memcpy(target + at, source + at, 4);
 }
