@@ -1,7 +1,6 @@
 // One cache line of the index: five keys, what each stands for, and the sequence lock that guards them.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -48,14 +47,15 @@ struct alignas(kCacheLine) Bucket {
     for (std::atomic<std::int64_t>& k : key) k.store(0, std::memory_order_relaxed);
   }
 
-  // What the key stands for here. An empty slot that still has the key says kAbsent, which is larger than any handle.
+  // What the key stands for here. An empty slot may still have the key; it says kAbsent, as if it had not.
   // acquire: the row of a handle that is seen, proven or not, exists.
   Handle find(std::int64_t wanted) const noexcept {
-    Handle found = kAbsent;
-    for (std::size_t slot = 0; slot < kSlots; ++slot) {
-      const Handle here = handle[slot].load(std::memory_order_acquire);
-      found = std::min(found, key[slot].load(std::memory_order_relaxed) == wanted ? here : kAbsent);
+    unsigned equal = 0;
+    for (unsigned slot = 0; slot < kSlots; ++slot) {
+      equal |= unsigned{key[slot].load(std::memory_order_relaxed) == wanted} << slot;
     }
+    Handle found = kAbsent;
+    for (; equal != 0 && found == kAbsent; equal &= equal - 1) found = at(static_cast<std::size_t>(__builtin_ctz(equal)));
     return found;
   }
   // The slot of a handle that is here; with kAbsent the first that is empty, kSlots if none is.

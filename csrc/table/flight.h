@@ -1,6 +1,7 @@
 // Ids on the way to their rows, with the cache misses of many of them overlapping.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -15,6 +16,7 @@ enum class Intent { kRead, kWrite };
 // read.
 template <Intent intent>
 struct Flight {
+  const Shard* shard;
   std::uint64_t hash;
   Index::Span span;       // the bucket that was looked at last
   std::uint32_t control;  // of that bucket, before its slots were read
@@ -23,30 +25,31 @@ struct Flight {
   float* row;             // nullptr if it is no row
   bool further;           // the search goes on in the next bucket, which is in span
 
-  FRESHET_INLINE void send_for_bucket(std::uint64_t of, const Shard& shard) noexcept {
+  FRESHET_INLINE void send_for_bucket(std::uint64_t of, const Shard& in) noexcept {
+    shard = &in;
     hash = of;
-    span = shard.index().span(of);
+    span = in.index().span(of);
     prefetch(span.bucket);
   }
 
-  FRESHET_INLINE void look(std::int64_t id, const Shard& shard, std::size_t row_bytes) noexcept {
+  FRESHET_INLINE void look(std::int64_t id, std::size_t row_bytes) noexcept {
     const Bucket& bucket = *span.bucket;
     control = bucket.control.load(std::memory_order_acquire);
     handle = bucket.find(id);
-    row = is_row(handle) ? shard.floats(handle) : nullptr;
+    row = is_row(handle) ? shard->floats(handle) : nullptr;
     further = handle == kAbsent && Bucket::overflow(control) != 0 && span.step();
     if (further) prefetch(span.bucket);
     if (row == nullptr) return;
     for (std::size_t at = 0; at < row_bytes; at += kCacheLine) prefetch(reinterpret_cast<const char*>(row) + at);
     if (intent == Intent::kWrite) {
-      header = &shard.meta(handle);
+      header = &shard->meta(handle);
       prefetch(header);
       prefetch(reinterpret_cast<const char*>(header + 1) - 1);  // one header in eight lies on two cache lines
     }
   }
 
-  FRESHET_INLINE void search_on(std::int64_t id, const Shard& shard, std::size_t row_bytes) noexcept {
-    while (further) look(id, shard, row_bytes);
+  FRESHET_INLINE void search_on(std::int64_t id, std::size_t row_bytes) noexcept {
+    while (further) look(id, row_bytes);
   }
 
  private:
@@ -68,20 +71,28 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const IdOf& id_of,
   constexpr std::size_t kLook = 16, kSearch = 24, kArrive = 32;  // ids after take-off
   Flight<intent> flights[kArrive];
   const auto in_air = [&](std::size_t i) -> Flight<intent>& { return flights[i % kArrive]; };
-  for (std::size_t t = 0; t < n + kArrive; ++t) {
+  const auto take_off = [&](std::size_t i) __attribute__((always_inline)) {
+    const std::uint64_t hash = hash_id(id_of(i));
+    in_air(i).send_for_bucket(hash, shard_of(hash));
+  };
+  const auto look = [&](std::size_t i) __attribute__((always_inline)) { in_air(i).look(id_of(i), row_bytes); };
+  const auto search_on = [&](std::size_t i) __attribute__((always_inline)) { in_air(i).search_on(id_of(i), row_bytes); };
+  std::size_t t = 0;
+  for (; t < std::min(n, kArrive); ++t) {
+    take_off(t);
+    if (t >= kLook) look(t - kLook);
+    if (t >= kSearch) search_on(t - kSearch);
+  }
+  for (; t < n; ++t) {
+    arrive(t - kArrive, in_air(t));
+    take_off(t);
+    look(t - kLook);
+    search_on(t - kSearch);
+  }
+  for (; t < n + kArrive; ++t) {
     if (t >= kArrive) arrive(t - kArrive, in_air(t));
-    if (t < n) {
-      const std::uint64_t hash = hash_id(id_of(t));
-      in_air(t).send_for_bucket(hash, shard_of(hash));
-    }
-    if (t >= kLook && t < n + kLook) {
-      Flight<intent>& flight = in_air(t - kLook);
-      flight.look(id_of(t - kLook), shard_of(flight.hash), row_bytes);
-    }
-    if (t >= kSearch && t < n + kSearch) {
-      Flight<intent>& flight = in_air(t - kSearch);
-      flight.search_on(id_of(t - kSearch), shard_of(flight.hash), row_bytes);
-    }
+    if (t >= kLook && t < n + kLook) look(t - kLook);
+    if (t >= kSearch && t < n + kSearch) search_on(t - kSearch);
   }
 }
 
