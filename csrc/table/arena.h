@@ -56,7 +56,7 @@ class RegionArena {
   }
 
  private:
-  static constexpr std::size_t kRegion = 32 * kHugePage;
+  static constexpr std::size_t kRegion = 8 * kHugePage;
 
   void add_region(std::size_t bytes) {
     const std::size_t size = std::max(kRegion, (bytes + kHugePage - 1) / kHugePage * kHugePage);

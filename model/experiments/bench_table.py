@@ -119,6 +119,8 @@ def further_ratios(samples: Samples) -> dict[str, float | None]:
         "insert_vs_monolith, least times": median_ratio(
             get("insert_least", keys="new"), get("insert_least", MONOLITH, "new")
         ),
+        "insert_vs_new_rows": median_ratio(get("insert", keys="new"), get("insert", "new rows", "new")),
+        "new rows' insert_vs_monolith": median_ratio(get("insert", "new rows", "new"), get("insert", MONOLITH, "new")),
         "lookup_vs_absl": median_ratio(get("lookup"), get("lookup", "absl")),
         "lookup_vs_index_select": median_ratio(get("lookup"), get("lookup", TORCH)),
         "lookup_vs_monolith, zipf": median_ratio(get("lookup", keys="zipf"), get("lookup", MONOLITH, "zipf")),

@@ -1,4 +1,5 @@
 // Lookup, update and insertion, beside the peers on the same batches.
+#include <cstring>
 #include <iterator>
 #include <memory>
 #include <numeric>
@@ -22,6 +23,21 @@ struct AbslWriter : AbslTable {
   void find_or_insert(const std::int64_t* keys, std::size_t n, float* out, std::size_t) {
     AbslTable::find_or_insert(keys, n, out);
   }
+};
+
+// The ceiling of insertion: fresh rows one after the other into new memory, under no key.
+class NewRows {
+ public:
+  static constexpr const char* kName = "new rows";
+  explicit NewRows(std::size_t dim) : slab_(dim, 0) {}
+  void find_or_insert(const std::int64_t* keys, std::size_t n, float* out, std::size_t) {
+    for (std::size_t i = 0; i < n; ++i) {
+      std::memcpy(out + i * slab_.dim(), slab_.row(slab_.take(keys[i])), slab_.weight_bytes());
+    }
+  }
+
+ private:
+  PeerSlab slab_;
 };
 
 Batches make_batches(const Options& options, bool zipf) {
@@ -122,12 +138,14 @@ void bench_insert(const Options& options) {
   const auto ours = [&](std::size_t t) { return insert(std::make_unique<OurTable>(d, OptimizerKind::kSgd), t); };
   const auto cuckoo = [&](std::size_t t) { return insert(std::make_unique<CuckooTable>(d, 0, 4), t); };
   const auto absl_table = [&](std::size_t t) { return insert(std::make_unique<AbslWriter>(d, 0, 0), t); };
+  const auto new_rows = [&](std::size_t t) { return insert(std::make_unique<NewRows>(d), t); };
   const struct {
     const char* name;
     std::size_t threads;
     std::function<Times(std::size_t)> run;
   } variants[] = {
       {OurTable::kName, 1, ours}, {CuckooTable::kName, 1, cuckoo}, {AbslTable::kName, 1, absl_table},
+      {NewRows::kName, 1, new_rows},
       {OurTable::kName, 2, ours}, {CuckooTable::kName, 2, cuckoo},
   };
   constexpr std::size_t kVariants = std::size(variants);
