@@ -60,9 +60,11 @@ struct alignas(kCacheLine) Bucket {
   }
   // The slot of a handle that is here; with kAbsent the first that is empty, kSlots if none is.
   std::size_t slot_of(Handle wanted) const noexcept {
-    std::size_t slot = 0;
-    while (slot < kSlots && at(slot) != wanted) ++slot;
-    return slot;
+    unsigned equal = 1U << kSlots;
+    for (unsigned slot = 0; slot < kSlots; ++slot) {
+      equal |= unsigned{handle[slot].load(std::memory_order_relaxed) == wanted} << slot;
+    }
+    return static_cast<std::size_t>(__builtin_ctz(equal));
   }
   Handle at(std::size_t slot) const noexcept { return handle[slot].load(std::memory_order_acquire); }
 
