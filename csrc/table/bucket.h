@@ -51,6 +51,7 @@ struct alignas(kCacheLine) Bucket {
   // acquire: the row of a handle that is seen, proven or not, exists.
   Handle find(std::int64_t wanted) const noexcept {
     unsigned equal = 0;
+#pragma GCC unroll 5
     for (unsigned slot = 0; slot < kSlots; ++slot) {
       equal |= unsigned{key[slot].load(std::memory_order_relaxed) == wanted} << slot;
     }
@@ -61,6 +62,7 @@ struct alignas(kCacheLine) Bucket {
   // The slot of a handle that is here; with kAbsent the first that is empty, kSlots if none is.
   std::size_t slot_of(Handle wanted) const noexcept {
     unsigned equal = 1U << kSlots;
+#pragma GCC unroll 5
     for (unsigned slot = 0; slot < kSlots; ++slot) {
       equal |= unsigned{handle[slot].load(std::memory_order_relaxed) == wanted} << slot;
     }
