@@ -1,4 +1,4 @@
-// Lookups: lock-free, in blocks whose cache misses overlap.
+// Lookups: lock-free, with the cache misses of many ids overlapping.
 #include <algorithm>
 
 #include "../common/parallel.h"
@@ -54,8 +54,7 @@ FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, st
 }
 
 // Whether the id has a row; if so, its weights are in out.
-FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::int64_t id,
-                                                float* out) const noexcept {
+FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::int64_t id, float* out) const noexcept {
   const std::uint32_t control = flight.control;
   const Bucket& bucket = *flight.span.bucket;
   if ((control & (Bucket::kVersion | Bucket::kRetired)) != 0) return read_row(id, flight.hash, out);
@@ -63,7 +62,8 @@ FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::i
     copy_racy(flight.row, weight_bytes(), out);
     return bucket.end_read(control) ? true : read_row(id, flight.hash, out);
   }
-  const bool nowhere = flight.handle == kAbsent && flight.span.at_home() && Bucket::overflow(control) == 0 && bucket.end_read(control);
+  const bool alone = flight.span.at_home() && Bucket::overflow(control) == 0;  // no other bucket can hold it
+  const bool nowhere = flight.handle == kAbsent && alone && bucket.end_read(control);
   return nowhere ? false : read_row(id, flight.hash, out);
 }
 

@@ -54,8 +54,8 @@ class SnapshotScan {
   Epoch dropped_to() const noexcept { return dropped_to_; }
   std::size_t rows() const noexcept { return rows_; }
 
-  // The writer's side: hands over what it is about to change, as it is. Locks at the first row that the scan still needs
-  // and until its end, which is that of a block of the batch.
+  // The writer's side: hands over what it is about to change, as it is. Locks at the first row that the scan still needs,
+  // until its own end: other writers and the scan wait meanwhile.
   class Keeper {
    public:
     explicit Keeper(SnapshotScan* scan) noexcept : scan_(scan) {}  // nullptr: no snapshot is being taken
