@@ -11,6 +11,10 @@
 #include "initializer.h"
 
 namespace freshet {
+
+// Writers hold no Reclaimer::Guard: only they retire segments, each in shards of its own and none that it still looks at.
+// So what growth replaces is free for the next growth, and not only after the batch.
+
 // Calls write(shard, item, meta, floats) for every item that has a row, under the lock of its bucket; the others become
 // newcomers. What it changes it has to mark dirty.
 template <typename Write>
@@ -105,7 +109,6 @@ FRESHET_CLONES void EmbeddingTable::init_floats(std::int64_t id, float* floats) 
 // What is read of an absent id is what its fresh row starts with: rows are read first, and the new ones copied from there.
 std::size_t EmbeddingTable::find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads) {
   const std::lock_guard<std::mutex> writing(write_mutex_);
-  const Reclaimer::Guard guard(reclaimer_);
   std::vector<std::uint8_t> is_absent(n, 0);
   if (read(ids, n, out, Missing::kInitial, threads, is_absent.data()) == 0) return 0;
   std::vector<std::int64_t> absent;
@@ -177,7 +180,6 @@ std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t
   if (!(lr >= 0 && lr <= kMaxLearningRate)) throw std::invalid_argument("lr must be between 0 and 1e6");
   if (now_us < 0) throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
   const std::lock_guard<std::mutex> writing(write_mutex_);
-  const Reclaimer::Guard guard(reclaimer_);
   collect_checked(ids, n, gradients, threads);
   const Seconds now = to_seconds(now_us);
   std::atomic<std::size_t> updated{0}, newcomers{0};
@@ -235,7 +237,6 @@ std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const
     }
   }
   const std::lock_guard<std::mutex> writing(write_mutex_);
-  const Reclaimer::Guard guard(reclaimer_);
   collect(ids, n, nullptr, threads);
   const auto put = [&](Shard& shard, const Item& item, RowMeta& meta, float* floats) {
     put_row(rows, item.position, meta, floats);

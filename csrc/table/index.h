@@ -125,7 +125,7 @@ class Index {
   };
 
   // With the header, the larger segments are whole pages. From the last size a segment splits into two, mostly of the
-  // fourth last size: the load stays between 0.67 and 0.85. Should all keys fall on one side, it gets the last size again.
+  // fourth last size: the load stays between 0.7 and 0.9. Should all keys fall on one side, it gets the last size again.
   static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 191, 255, 319, 383, 447, 511};
   static constexpr std::uint32_t kLastClass = 12;
 
@@ -135,7 +135,7 @@ class Index {
     return static_cast<std::size_t>((hash & 0xffffffffU) * buckets >> 32);
   }
   static std::size_t limit(std::uint32_t size_class) noexcept {
-    return kBuckets[size_class] * Bucket::kSlots * 17 / 20;
+    return kBuckets[size_class] * Bucket::kSlots * 9 / 10;
   }
   static std::size_t bytes(std::uint32_t size_class) noexcept {
     return sizeof(Segment) + kBuckets[size_class] * sizeof(Bucket);

@@ -69,7 +69,7 @@ struct Fixture {
         const std::uint64_t hash = freshet::hash_id(listed[i].key);
         CHECK(hash >= at && hash <= last);
       }
-      CHECK((listed.size() - before) * 20 <= index.span(at).buckets * Bucket::kSlots * 17);
+      CHECK((listed.size() - before) * 10 <= index.span(at).buckets * Bucket::kSlots * 9);
       if (last == end) break;
       at = last + 1;
     }
