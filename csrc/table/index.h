@@ -13,7 +13,7 @@
 namespace freshet {
 
 // Extendible hashing: a directory of 2^depth entries names segments of 1 to 511 buckets. A full segment is replaced by a
-// larger one or by two, so an insertion moves at most one segment's keys (about 2,200) and never the whole table; keys are
+// larger one or by two, so an insertion moves at most one segment's keys (about 2,300) and never the whole table; keys are
 // moved from bucket to bucket, and no row is touched. About 17 bytes per key.
 // A directory has at most 2^17 entries, which is some 200 M keys; beyond (or for ids chosen so that their hashes agree in
 // more bits) insertion throws std::bad_alloc, so that such ids cost no more than that.

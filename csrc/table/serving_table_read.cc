@@ -86,7 +86,8 @@ bool ServingTable::read_row(std::int64_t id, std::uint64_t hash, float* out) con
 }
 
 // In passes, so that cache misses overlap: the buckets are on their way while hashes are computed, the rows (or, where
-// a bucket was full, the next one) while keys are compared. Then rows are decoded, and proven by the bucket's version. What is not so plain takes the complete search.
+// a bucket was full, the next one) while keys are compared. Then rows are decoded, and proven by the bucket's version.
+// What is not so plain takes the complete search.
 std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, float* out,
                                      Missing missing) const noexcept {
   using State = Probe::State;
