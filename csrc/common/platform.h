@@ -48,6 +48,7 @@ FRESHET_INLINE void copy_words(const void* from, std::size_t bytes, void* to) no
   const char* source = static_cast<const char*>(from);
   char* target = static_cast<char*>(to);
   std::size_t at = 0;
+#pragma GCC unroll 2
   for (; at + kCacheLine <= bytes; at += kCacheLine) {
     const Vector first = *reinterpret_cast<const Vector*>(source + at);
     const Vector second = *reinterpret_cast<const Vector*>(source + at + sizeof(Vector));

@@ -13,20 +13,24 @@ namespace freshet {
 
 inline constexpr std::uint32_t kNoSum = 0xffffffffU;
 
+// Made in place: a temporary that is copied as a whole right after its parts were stored waits for each of these stores.
 struct EmbeddingTable::Item {
+  explicit Item(std::int64_t of) noexcept : id(of) {}
   std::int64_t id;
-  std::uint32_t position;     // in the batch: first occurrence (of upsert: the last)
-  std::uint32_t occurrences;
-  std::uint32_t sum;          // row of Group::sums, or kNoSum: the gradient at `position` is the whole sum
+  std::uint32_t position = 0;     // in the batch: first occurrence (of upsert: the last)
+  std::uint32_t occurrences = 0;
+  std::uint32_t sum = kNoSum;     // row of Group::sums, or kNoSum: the gradient at `position` is the whole sum
 };
 
 // An item without a row.
 struct EmbeddingTable::Newcomer {
+  explicit Newcomer(std::size_t of) noexcept : item(static_cast<std::uint32_t>(of)) {}
+  Newcomer(std::size_t of, std::uint32_t candidate) noexcept : Newcomer(of) { was_candidate = true, word = candidate; }
   std::uint32_t item;
-  Verdict verdict;
-  bool done;                  // carried out: what a rollback has to undo
-  bool was_candidate;
-  std::uint32_t word;         // of the candidate that it was
+  Verdict verdict = Verdict::kInsert;
+  bool done = false;              // carried out: what a rollback has to undo
+  bool was_candidate = false;
+  std::uint32_t word = 0;         // of the candidate that it was
 };
 
 // The ids of shards s with s % groups == this group's number. Groups are independent of each other.

@@ -49,24 +49,16 @@ struct alignas(kCacheLine) Bucket {
 
   // What the key stands for here. An empty slot may still have the key; it says kAbsent, as if it had not.
   // acquire: the row of a handle that is seen, proven or not, exists.
-  Handle find(std::int64_t wanted) const noexcept {
-    unsigned equal = 0;
-#pragma GCC unroll 5
-    for (unsigned slot = 0; slot < kSlots; ++slot) {
-      equal |= unsigned{key[slot].load(std::memory_order_relaxed) == wanted} << slot;
-    }
+  FRESHET_INLINE Handle find(std::int64_t wanted) const noexcept {
     Handle found = kAbsent;
-    for (; equal != 0 && found == kAbsent; equal &= equal - 1) found = at(static_cast<std::size_t>(__builtin_ctz(equal)));
+    for (unsigned equal = slots_with(wanted); equal != 0 && found == kAbsent; equal &= equal - 1) {
+      found = at(static_cast<std::size_t>(__builtin_ctz(equal)));
+    }
     return found;
   }
-  // The slot of a handle that is here; with kAbsent the first that is empty, kSlots if none is.
-  std::size_t slot_of(Handle wanted) const noexcept {
-    unsigned equal = 1U << kSlots;
-#pragma GCC unroll 5
-    for (unsigned slot = 0; slot < kSlots; ++slot) {
-      equal |= unsigned{handle[slot].load(std::memory_order_relaxed) == wanted} << slot;
-    }
-    return static_cast<std::size_t>(__builtin_ctz(equal));
+  // The slot of a handle that is here; with kAbsent the first that is empty, kSlots if none is. For the writer.
+  FRESHET_INLINE std::size_t slot_of(Handle wanted) const noexcept {
+    return static_cast<std::size_t>(__builtin_ctz(slots_of(wanted) | 1U << kSlots));
   }
   Handle at(std::size_t slot) const noexcept { return handle[slot].load(std::memory_order_acquire); }
 
@@ -102,6 +94,38 @@ struct alignas(kCacheLine) Bucket {
     control.store(control.load(std::memory_order_relaxed) + kVersion, std::memory_order_release);
   }
   void retire() noexcept { control.store(control.load(std::memory_order_relaxed) | kRetired, std::memory_order_release); }
+
+  // Bit i says that slot i has this key. All keys but the first are one vector.
+  FRESHET_INLINE unsigned slots_with(std::int64_t wanted) const noexcept {
+#if FRESHET_TSAN
+    unsigned equal = 0;
+    for (unsigned slot = 0; slot < kSlots; ++slot) {
+      equal |= unsigned{key[slot].load(std::memory_order_relaxed) == wanted} << slot;
+    }
+    return equal;
+#else
+    typedef std::int64_t Keys __attribute__((vector_size(32), may_alias));
+    const Keys equal = (*reinterpret_cast<const Keys*>(&key[1]) == wanted) & Keys{2, 4, 8, 16};
+    const auto others = static_cast<unsigned>(equal[0] | equal[1] | equal[2] | equal[3]);
+    return others | unsigned{key[0].load(std::memory_order_relaxed) == wanted};
+#endif
+  }
+  // Bit i says that slot i has this handle. The first half of the bucket is one vector, of which five words count.
+  FRESHET_INLINE unsigned slots_of(Handle wanted) const noexcept {
+#if FRESHET_TSAN
+    unsigned equal = 0;
+    for (unsigned slot = 0; slot < kSlots; ++slot) {
+      equal |= unsigned{handle[slot].load(std::memory_order_relaxed) == wanted} << slot;
+    }
+    return equal;
+#else
+    typedef Handle Words __attribute__((vector_size(16), may_alias));
+    const auto* const words = reinterpret_cast<const Words*>(this);
+    const Words found = (reinterpret_cast<Words>(words[0] == wanted) & Words{0, 1, 2, 4}) |
+                        (reinterpret_cast<Words>(words[1] == wanted) & Words{8, 16, 0, 0});
+    return found[0] | found[1] | found[2] | found[3];
+#endif
+  }
   void count_overflow() noexcept {
     const std::uint32_t now = control.load(std::memory_order_relaxed);
     if (overflow(now) < kOverflowMax) control.store(now + 1, std::memory_order_relaxed);

@@ -174,12 +174,12 @@ class EmbeddingTable {
   struct Item;
   struct Newcomer;
   struct Group;
-  using ReadFlight = Flight<Intent::kRead>;
-  using WriteFlight = Flight<Intent::kWrite>;
 
-  std::size_t shard_index(std::uint64_t hash) const noexcept {
-    return shard_bits_ == 0 ? 0 : static_cast<std::size_t>(hash >> (64 - shard_bits_));
+  static std::size_t shard_index(std::uint64_t hash, unsigned bits) noexcept {
+    return static_cast<std::size_t>(hash >> 1 >> (63 - bits));
   }
+  std::size_t shard_index(std::uint64_t hash) const noexcept { return shard_index(hash, shard_bits_); }
+  const RowLayout& row_layout() const noexcept { return shards_[0]->rows().layout(); }
   Shard& shard_of(std::uint64_t hash) const noexcept { return *shards_[shard_index(hash)]; }
   std::pair<std::uint64_t, std::uint64_t> range_of(std::size_t shard) const noexcept {  // first and last hash
     if (shard_bits_ == 0) return {0, ~std::uint64_t{0}};
@@ -194,7 +194,6 @@ class EmbeddingTable {
                    std::uint8_t* is_absent) const;
   std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                         std::uint8_t* is_absent) const;
-  bool finish_read(const ReadFlight& flight, std::int64_t id, float* out) const noexcept;
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
 
   // A writing batch: collect, write the rows that are there, judge the newcomers, carry the verdicts out.
@@ -209,6 +208,7 @@ class EmbeddingTable {
   void list_newcomers(Group& group);
   Verdict admit(const Item& item, const Newcomer& newcomer) const noexcept;
   std::size_t judge();
+  void send_for_places(const Group& group, std::size_t i) const noexcept;
   template <typename Write>
   std::size_t carry_out(Seconds now, std::size_t threads, const Write& write);
   template <typename Fill>

@@ -20,12 +20,12 @@ void EmbeddingTable::Group::clear(std::size_t ids, std::size_t shards) {
   sums.clear();
   newcomers.clear();
   std::size_t room = 64;
-  while (room < ids + ids / 2) room *= 2;
+  while (room < 3 * ids) room *= 2;  // a third full: most ids are told apart at the first look
   places.assign(room, 0);
   items_of_shard.assign(shards, 0);
 }
 
-EmbeddingTable::Item& EmbeddingTable::Group::item_of(std::int64_t id, std::uint64_t hash) {
+FRESHET_INLINE EmbeddingTable::Item& EmbeddingTable::Group::item_of(std::int64_t id, std::uint64_t hash) {
   if (items.size() * 4 >= places.size() * 3) grow();
   const std::size_t mask = places.size() - 1;
   std::size_t at = static_cast<std::size_t>(hash >> 8) & mask;
@@ -34,7 +34,7 @@ EmbeddingTable::Item& EmbeddingTable::Group::item_of(std::int64_t id, std::uint6
     if (item.id == id) return item;
     at = (at + 1) & mask;
   }
-  items.push_back({id, 0, 0, kNoSum});
+  items.emplace_back(id);
   places[at] = static_cast<std::uint32_t>(items.size());
   return items.back();
 }
@@ -141,11 +141,11 @@ void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer, Secon
 
 void EmbeddingTable::keep_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept {
   if (config_.admission != Admission::kThreshold) return;  // there are no candidates that a snapshot could miss
-  SnapshotScan::Keeper keeper(snapshot_scan());
+  SnapshotScan::CandidateKeeper keeper(snapshot_scan());
   if (newcomer.was_candidate) {
-    keeper.keep_candidate(id, newcomer.word);
+    keeper.keep(id, newcomer.word);
   } else {
-    keeper.keep_no_candidate(id);
+    keeper.keep_none(id);
   }
 }
 

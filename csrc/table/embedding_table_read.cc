@@ -10,7 +10,7 @@
 namespace freshet {
 namespace {
 
-constexpr std::size_t kTask = 2048;   // ids per task of a thread
+constexpr std::size_t kTask = 1024;   // ids per task of a thread
 constexpr std::size_t kPooled = 128;  // rows of bags that are read before they are added up
 
 FRESHET_INLINE void read_missing(std::uint64_t key, std::int64_t id, float scale, std::size_t dim, bool initial,
@@ -35,36 +35,28 @@ bool EmbeddingTable::read_row(std::int64_t id, std::uint64_t hash, float* out) c
   }
 }
 
-// Each copy is proven by the version of the row's bucket; what cannot be proven so
-// (an id that is absent behind a full bucket, a writer at work) takes the complete search.
+// Each copy is proven by the version of the row's bucket; where a writer was at work meanwhile, the id is searched anew.
 FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                                                      std::uint8_t* is_absent) const {
   std::size_t absent = 0;
+  const std::size_t dim = config_.dim, bytes = weight_bytes();
+  const std::unique_ptr<Shard>* const shards = shards_.data();
+  const unsigned shard_bits = shard_bits_;
   fly<Intent::kRead>(
-      n, weight_bytes(), [ids](std::size_t i) { return ids[i]; },
-      [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); },
-      [&](std::size_t i, const ReadFlight& flight) __attribute__((always_inline)) {
-        float* const to = out + i * config_.dim;
-        if (finish_read(flight, ids[i], to)) return;
+      n, bytes, row_layout(), [ids](std::size_t i) { return ids[i]; },
+      [shards, shard_bits](std::uint64_t hash) -> Shard& { return *shards[shard_index(hash, shard_bits)]; },
+      [&](std::size_t i, const Arrival& arrival) __attribute__((always_inline)) {
+        float* const to = out + i * dim;
+        if (arrival.row != nullptr) {
+          copy_racy(arrival.row, bytes, to);
+          if (arrival.bucket->end_read(arrival.control)) return;
+        }
+        if (arrival.handle != kAbsent && read_row(ids[i], hash_id(ids[i]), to)) return;
         ++absent;
         if (is_absent != nullptr) is_absent[i] = 1;
-        read_missing(init_key_, ids[i], config_.init_scale, config_.dim, missing == Missing::kInitial, to);
+        read_missing(init_key_, ids[i], config_.init_scale, dim, missing == Missing::kInitial, to);
       });
   return absent;
-}
-
-// Whether the id has a row; if so, its weights are in out.
-FRESHET_INLINE bool EmbeddingTable::finish_read(const ReadFlight& flight, std::int64_t id, float* out) const noexcept {
-  const std::uint32_t control = flight.control;
-  const Bucket& bucket = *flight.span.bucket;
-  if ((control & (Bucket::kVersion | Bucket::kRetired)) != 0) return read_row(id, flight.hash, out);
-  if (flight.row != nullptr) {
-    copy_racy(flight.row, weight_bytes(), out);
-    return bucket.end_read(control) ? true : read_row(id, flight.hash, out);
-  }
-  const bool alone = flight.span.at_home() && Bucket::overflow(control) == 0;  // no other bucket can hold it
-  const bool nowhere = flight.handle == kAbsent && alone && bucket.end_read(control);
-  return nowhere ? false : read_row(id, flight.hash, out);
 }
 
 std::size_t EmbeddingTable::lookup(const std::int64_t* ids, std::size_t n, float* out, Missing missing,

@@ -33,7 +33,7 @@ EmbeddingTable::Erased EmbeddingTable::erase_keys(const std::vector<std::int64_t
     if (per_shard[s] != 0) shards_[s]->reserve_erasures(epoch(), per_shard[s]);
   }
   Erased erased;
-  SnapshotScan::Keeper keeper(snapshot_scan());
+  SnapshotScan::RowKeeper rows(snapshot_scan());
   for (const std::int64_t key : keys) {
     const std::uint64_t hash = hash_id(key);
     Shard& shard = shard_of(hash);
@@ -41,10 +41,10 @@ EmbeddingTable::Erased EmbeddingTable::erase_keys(const std::vector<std::int64_t
     if (place.bucket == nullptr) continue;
     const Handle handle = place.bucket->at(place.slot);
     if (is_row(handle)) {
-      keeper.keep_row(key, shard.floats(handle), shard.meta(handle));
+      rows.keep(key, shard.floats(handle), shard.meta(handle));
       ++erased.rows;
     } else {
-      keeper.keep_candidate(key, shard.candidate(handle).word.load());
+      SnapshotScan::CandidateKeeper(snapshot_scan()).keep(key, shard.candidate(handle).word.load());
       ++erased.candidates;
     }
     shard.erase(place, key, hash);
@@ -151,11 +151,11 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
     const Index::Place place = shard.index().locate(ids[i], hash);
     const Handle before = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
     if (is_row(before)) continue;
-    SnapshotScan::Keeper keeper(snapshot_scan());
+    SnapshotScan::CandidateKeeper keeper(snapshot_scan());
     if (before != kAbsent) {
-      keeper.keep_candidate(ids[i], shard.candidate(before).word.load());
+      keeper.keep(ids[i], shard.candidate(before).word.load());
     } else {
-      keeper.keep_no_candidate(ids[i]);
+      keeper.keep_none(ids[i]);
     }
     shard.reserve_changes(epoch(), 1);
     shard.put_candidate(place, ids[i], hash, words[i]);
@@ -169,6 +169,7 @@ void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, std::int64_t 
   const std::lock_guard<std::mutex> writing(write_mutex_);
   const Reclaimer::Guard guard(reclaimer_);
   const Seconds now = to_seconds(now_us);
+  SnapshotScan::RowKeeper keeper(snapshot_scan());
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint64_t hash = hash_id(ids[i]);
     Shard& shard = shard_of(hash);
@@ -179,7 +180,7 @@ void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, std::int64_t 
     if (meta.last_seen.load(std::memory_order_relaxed) >= now) continue;
     shard.reserve_changes(epoch(), 1);
     const BucketLock lock(*place.bucket);
-    SnapshotScan::Keeper(snapshot_scan()).keep_row(ids[i], shard.floats(handle), meta);
+    keeper.keep(ids[i], shard.floats(handle), meta);
     meta.see(now);
     shard.mark_dirty(ids[i], meta, epoch());
   }

@@ -20,25 +20,48 @@ namespace freshet {
 template <typename Write>
 FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write& write) noexcept {
   const Item* const items = group.items.data();
+  const std::unique_ptr<Shard>* const shards = shards_.data();
+  const unsigned shard_bits = shard_bits_;
+  SnapshotScan::RowKeeper keeper(snapshot_scan());
   std::size_t written = 0;
   fly<Intent::kWrite>(
-      group.items.size(), float_bytes(), [items](std::size_t i) { return items[i].id; },
-      [this](std::uint64_t hash) -> const Shard& { return shard_of(hash); },
-      [&](std::size_t i, const WriteFlight& flight) __attribute__((always_inline)) {
+      group.items.size(), float_bytes(), row_layout(), [items](std::size_t i) { return items[i].id; },
+      [shards, shard_bits](std::uint64_t hash) -> Shard& { return *shards[shard_index(hash, shard_bits)]; },
+      [&](std::size_t i, const Arrival& at) __attribute__((always_inline)) {
         const Item& item = items[i];
-        Shard& shard = shard_of(flight.hash);
-        if (flight.row == nullptr) {
-          const bool candidate = is_candidate(flight.handle);
-          group.newcomers.push_back({static_cast<std::uint32_t>(i), Verdict::kInsert, false, candidate,
-                                     candidate ? shard.candidate(flight.handle).word.load(std::memory_order_relaxed) : 0});
+        if (at.row == nullptr) {
+          if (is_candidate(at.handle)) {
+            group.newcomers.emplace_back(i, at.shard->candidate(at.handle).word.load(std::memory_order_relaxed));
+          } else {
+            group.newcomers.emplace_back(i);
+          }
           return;
         }
-        const BucketLock lock(*flight.span.bucket);
-        SnapshotScan::Keeper(snapshot_scan()).keep_row(item.id, flight.row, *flight.header);
-        write(shard, item, *flight.header, flight.row);
+        RowMeta& meta = at.shard->meta(at.handle);
+        const BucketLock lock(*at.bucket);
+        keeper.keep(item.id, at.row, meta);
+        write(*at.shard, item, meta, at.row);
         ++written;
       });
   return written;
+}
+
+// While newcomer i is inserted, gets the buckets of those after it on their way from memory.
+FRESHET_INLINE void EmbeddingTable::send_for_places(const Group& group, std::size_t i) const noexcept {
+  constexpr std::size_t kHome = 24, kSecond = 16, kRoom = 8;  // newcomers ahead
+  const auto hash_of = [&](std::size_t newcomer) { return hash_id(group.items[group.newcomers[newcomer].item].id); };
+  if (i + kHome < group.newcomers.size()) {
+    const std::uint64_t hash = hash_of(i + kHome);
+    shard_of(hash).index().prefetch_for_insert(hash);
+  }
+  if (i + kSecond < group.newcomers.size()) {
+    const std::uint64_t hash = hash_of(i + kSecond);
+    shard_of(hash).index().prefetch_second(hash);
+  }
+  if (i + kRoom < group.newcomers.size()) {
+    const std::uint64_t hash = hash_of(i + kRoom);
+    shard_of(hash).index().prefetch_room(hash);
+  }
 }
 
 // Carries out the verdicts on the newcomers: fresh rows, written before anyone sees them, and candidates. All or nothing.
@@ -51,11 +74,7 @@ std::size_t EmbeddingTable::carry_out(Seconds now, std::size_t threads, const Wr
       Group& group = *groups_[g];
       std::size_t rows = 0;
       for (std::size_t i = 0; i < group.newcomers.size(); ++i) {
-        constexpr std::size_t kAhead = 16;  // buckets on their way from memory
-        if (i + kAhead < group.newcomers.size()) {
-          const std::uint64_t hash = hash_id(group.items[group.newcomers[i + kAhead].item].id);
-          shard_of(hash).index().prefetch_for_insert(hash);
-        }
+        send_for_places(group, i);
         Newcomer& newcomer = group.newcomers[i];
         const Item& item = group.items[newcomer.item];
         if (newcomer.verdict == Verdict::kInsert) {
@@ -136,7 +155,7 @@ void EmbeddingTable::list_newcomers(Group& group) {
     return;
   }
   for (std::uint32_t i = 0; i < group.items.size(); ++i) {
-    group.newcomers.push_back({i, Verdict::kInsert, false, false, 0});
+    group.newcomers.emplace_back(i);
   }
 }
 

@@ -11,89 +11,124 @@ namespace freshet {
 
 enum class Intent { kRead, kWrite };
 
-// One id on its way: its bucket is sent for; then the row that the bucket names; then, where a full bucket does not hold
-// the id, the buckets after it; then the row has arrived. What was seen has to be proven by `control` once the row was
-// read.
-template <Intent intent>
-struct Flight {
-  const Shard* shard;
-  std::uint64_t hash;
-  Index::Span span;       // the bucket that was looked at last
-  std::uint32_t control;  // of that bucket, before its slots were read
-  Handle handle;          // what the id stands for by that bucket
-  RowMeta* header;        // for writing, of a row
-  float* row;             // nullptr if it is no row
-  bool further;           // the search goes on in the next bucket, which is in span
-
-  FRESHET_INLINE void send_for_bucket(std::uint64_t of, const Shard& in) noexcept {
-    shard = &in;
-    hash = of;
-    span = in.index().span(of);
-    prefetch(span.bucket);
-  }
-
-  FRESHET_INLINE void look(std::int64_t id, std::size_t row_bytes) noexcept {
-    const Bucket& bucket = *span.bucket;
-    control = bucket.control.load(std::memory_order_acquire);
-    handle = bucket.find(id);
-    row = is_row(handle) ? shard->floats(handle) : nullptr;
-    further = handle == kAbsent && Bucket::overflow(control) != 0 && span.step();
-    if (further) prefetch(span.bucket);
-    if (row == nullptr) return;
-    for (std::size_t at = 0; at < row_bytes; at += kCacheLine) prefetch(reinterpret_cast<const char*>(row) + at);
-    if (intent == Intent::kWrite) {
-      header = &shard->meta(handle);
-      prefetch(header);
-      prefetch(reinterpret_cast<const char*>(header + 1) - 1);  // one header in eight lies on two cache lines
-    }
-  }
-
-  FRESHET_INLINE void search_on(std::int64_t id, std::size_t row_bytes) noexcept {
-    while (further) look(id, row_bytes);
-  }
-
- private:
-  FRESHET_INLINE static void prefetch(const void* p) noexcept {
-    if (intent == Intent::kWrite) {
-      prefetch_write(p);
-    } else {
-      prefetch_read(p);
-    }
-  }
+// Where an id has arrived. A handle of a row or a candidate is to be believed only if `control` is still the bucket's once
+// the row was copied; kAbsent is proven already.
+struct Arrival {
+  Shard* shard;
+  Bucket* bucket;
+  float* row;             // nullptr if the id has none
+  std::uint32_t control;  // of the bucket, before its slots were read
+  Handle handle;
 };
 
-// Takes ids [0, n) to their rows and calls arrive(i, flight) for each, in order. One id takes off for each that arrives:
-// in a burst of prefetches those after the first two dozen wait for a free line buffer, and nothing is computed meanwhile.
-// id_of(i), i < n. shard_of(hash). row_bytes: how much of a row is wanted.
+template <Intent intent>
+FRESHET_INLINE void send_for(const void* p) noexcept {
+  if (intent == Intent::kWrite) {
+    prefetch_write(p);
+  } else {
+    prefetch_read(p);
+  }
+}
+
+FRESHET_INLINE void send_for_header(const RowLayout& layout, RowLayout::Place place) noexcept {
+  const char* const header = layout.header(place);
+  prefetch_write(header);
+  prefetch_write(header + sizeof(RowMeta) - 1);  // one header in eight lies on two cache lines
+}
+
+template <Intent intent>
+FRESHET_INLINE float* send_for_row(const RowLayout& layout, const Shard& shard, Handle handle, std::size_t bytes) noexcept {
+  const RowLayout::Place place = shard.rows().place_of(layout, handle);
+  char* const row = layout.row(place);
+  for (std::size_t at = 0; at < bytes; at += kCacheLine) send_for<intent>(row + at);
+  if (intent == Intent::kWrite) send_for_header(layout, place);
+  return reinterpret_cast<float*>(row);
+}
+
+// Takes ids [0, n) to their rows and calls arrive(i, arrival) once for each, most of them in order. One id takes off for
+// each that arrives, so that prefetches come evenly and computing goes on meanwhile. Ids whose home bucket does not settle
+// the matter (it is full, and they may be guests elsewhere, or a writer is at work there) stand aside, and take the complete
+// search when there are many of them.
+// id_of(i), i < n. shard_of(hash). row_bytes: how much of a row is wanted. All is passed by value, and kept in arrays of
+// one kind each, on purpose: rows are copied as bytes, after which a compiler loads again what could be reached from
+// outside; with this loop, the prefetches and not the instructions are what a lookup costs.
 template <Intent intent, typename IdOf, typename ShardOf, typename Arrive>
-FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const IdOf& id_of, const ShardOf& shard_of,
-                        const Arrive& arrive) {
-  constexpr std::size_t kLook = 16, kSearch = 24, kArrive = 32;  // ids after take-off
-  Flight<intent> flights[kArrive];
-  const auto in_air = [&](std::size_t i) -> Flight<intent>& { return flights[i % kArrive]; };
-  const auto take_off = [&](std::size_t i) __attribute__((always_inline)) {
-    const std::uint64_t hash = hash_id(id_of(i));
-    in_air(i).send_for_bucket(hash, shard_of(hash));
+FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout layout, const IdOf id_of,
+                        const ShardOf shard_of, const Arrive arrive) {
+  constexpr std::size_t kLook = 16, kArrive = 32;  // ids after take-off
+  constexpr std::size_t kRing = 64, kAside = 32;
+  constexpr std::uint32_t kUnstable = Bucket::kVersion | Bucket::kRetired;
+  Shard* shards[kRing];
+  Index::Places buckets[kRing];
+  float* rows[kRing];
+  Handle handles[kRing];
+  std::uint32_t controls[kRing];
+  std::size_t aside[kAside];
+  Arrival guests[kAside];
+  std::size_t waiting = 0;
+  // Most guests are in their second bucket, which has come meanwhile.
+  const auto stand_aside = [&](std::size_t i, Shard* shard, Bucket* bucket) __attribute__((always_inline)) {
+    const std::uint32_t control = bucket->control.load(std::memory_order_acquire);
+    Arrival& guest = guests[waiting];
+    guest = {shard, bucket, nullptr, control, bucket->find(id_of(i))};
+    if (is_row(guest.handle) && (control & kUnstable) == 0) {
+      guest.row = send_for_row<intent>(layout, *shard, guest.handle, row_bytes);
+    }
+    aside[waiting++] = i;
   };
-  const auto look = [&](std::size_t i) __attribute__((always_inline)) { in_air(i).look(id_of(i), row_bytes); };
-  const auto search_on = [&](std::size_t i) __attribute__((always_inline)) { in_air(i).search_on(id_of(i), row_bytes); };
-  std::size_t t = 0;
-  for (; t < std::min(n, kArrive); ++t) {
-    take_off(t);
-    if (t >= kLook) look(t - kLook);
-    if (t >= kSearch) search_on(t - kSearch);
+  const auto search_aside = [&]() __attribute__((always_inline)) {
+    for (std::size_t k = 0; k < waiting; ++k) {
+      if (guests[k].row != nullptr) continue;
+      const std::int64_t id = id_of(aside[k]);
+      Shard& shard = *guests[k].shard;
+      const Index::Found at = shard.index().find(id, hash_id(id));
+      guests[k] = {&shard, at.bucket, nullptr, at.control, at.handle};
+      if (is_row(at.handle)) guests[k].row = send_for_row<intent>(layout, shard, at.handle, row_bytes);
+    }
+    for (std::size_t k = 0; k < waiting; ++k) arrive(aside[k], guests[k]);
+    waiting = 0;
+  };
+
+  for (std::size_t t = 0; t < n + kArrive; ++t) {
+    if (t >= kArrive) {
+      const std::size_t i = t - kArrive, at = i % kRing;
+      bool settled = rows[at] != nullptr;
+      if (!settled) {
+        const bool nowhere = handles[at] == kAbsent && (controls[at] & (kUnstable | Bucket::kOverflowMax)) == 0;
+        settled = nowhere && buckets[at].home->end_read(controls[at]);
+      }
+      if (settled) {
+        arrive(i, Arrival{shards[at], buckets[at].home, rows[at], controls[at], handles[at]});
+      } else {
+        stand_aside(i, shards[at], buckets[at].second);
+        if (waiting == kAside) search_aside();
+      }
+    }
+    if (t < n) {
+      const std::uint64_t hash = hash_id(id_of(t));
+      Shard& shard = shard_of(hash);
+      shards[t % kRing] = &shard;
+      buckets[t % kRing] = shard.index().places(hash);
+      send_for<intent>(buckets[t % kRing].home);
+    }
+    if (t >= kLook && t < n + kLook) {
+      const std::size_t i = t - kLook, at = i % kRing;
+      const Bucket& bucket = *buckets[at].home;
+      const std::uint32_t control = bucket.control.load(std::memory_order_acquire);
+      const Handle handle = bucket.find(id_of(i));
+      controls[at] = control;
+      handles[at] = handle;
+      // Without a branch, which could not be foreseen: it decides for one id in eight that it is a guest.
+      const std::uintptr_t there = std::uintptr_t{0} - static_cast<std::uintptr_t>(is_row(handle) && (control & kUnstable) == 0);
+      const RowLayout::Place place = shards[at]->rows().place_of(layout, handle & static_cast<Handle>(there));
+      const auto row = reinterpret_cast<std::uintptr_t>(layout.row(place)) & there;
+      rows[at] = reinterpret_cast<float*>(row);
+      const char* const next = reinterpret_cast<const char*>(row | (reinterpret_cast<std::uintptr_t>(buckets[at].second) & ~there));
+      for (std::size_t line = 0; line < row_bytes; line += kCacheLine) send_for<intent>(next + line);
+      if (intent == Intent::kWrite) send_for_header(layout, place);
+    }
   }
-  for (; t < n; ++t) {
-    arrive(t - kArrive, in_air(t));
-    take_off(t);
-    look(t - kLook);
-    search_on(t - kSearch);
-  }
-  for (; t < n + kArrive; ++t) {
-    if (t >= kArrive) arrive(t - kArrive, in_air(t));
-    if (t >= kLook && t < n + kLook) look(t - kLook);
-    if (t >= kSearch && t < n + kSearch) search_on(t - kSearch);
-  }
+  search_aside();
 }
 
 }  // namespace freshet

@@ -25,7 +25,7 @@ Index::~Index() {
 }
 
 Index::Segment* Index::make_segment(std::uint32_t size_class, unsigned depth) {
-  auto* const segment = static_cast<Segment*>(reclaimer_->arena().allocate(bytes(size_class)));
+  auto* const segment = new (reclaimer_->arena().allocate(bytes(size_class))) Segment;
   segment->size_class = size_class;
   segment->depth = depth;
   segment->used = 0;
@@ -37,13 +37,14 @@ Index::Directory* Index::make_directory(unsigned shard_bits, unsigned depth) {
   auto* const directory = static_cast<Directory*>(reclaimer_->arena().allocate(directory_bytes(depth)));
   directory->shard_bits = shard_bits;
   directory->depth = depth;
+  directory->shift = 63 - depth;
   for (std::size_t i = 0; i < std::size_t{1} << depth; ++i) new (directory->entries() + i) std::atomic<Entry>(0);
   return directory;
 }
 
 Index::Found Index::find(std::int64_t key, std::uint64_t hash) const noexcept {
   for (Span at = span(hash);;) {
-    const Bucket& bucket = *at.bucket;
+    Bucket& bucket = at.bucket();
     const std::uint32_t control = bucket.begin_read();
     if (Bucket::retired(control)) {
       at = span(hash);
@@ -62,6 +63,7 @@ std::uint64_t Index::list_segment(std::uint64_t at, std::vector<KeyHandle>* entr
     entries->resize(before);
     const Directory* directory = directory_.load(std::memory_order_acquire);
     const Entry entry = directory->entries()[directory->position(at)].load(std::memory_order_acquire);
+    const std::uint32_t moves = segment_of(entry)->moves.load(std::memory_order_acquire);
     bool retired = false;
     for (std::uint32_t b = 0; b < kBuckets[entry & kClassMask] && !retired; ++b) {
       const Bucket& bucket = segment_of(entry)->buckets()[b];
@@ -71,33 +73,76 @@ std::uint64_t Index::list_segment(std::uint64_t at, std::vector<KeyHandle>* entr
         retired = Bucket::retired(control);
         for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
           const Handle handle = bucket.at(slot);
-          if (handle != kAbsent) entries->push_back({bucket.key[slot].load(std::memory_order_relaxed), handle});
+          if (handle == kAbsent) continue;
+          KeyHandle& added = entries->emplace_back();  // filled in place: a copy of a temporary would wait for its parts
+          added.key = bucket.key[slot].load(std::memory_order_relaxed);
+          added.handle = handle;
         }
         if (bucket.end_read(control)) break;
         entries->resize(start);
       }
     }
     if (retired) continue;  // the directory names its successor already
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (moves % 2 != 0 || moves != segment_of(entry)->moves.load(std::memory_order_relaxed)) continue;
     const unsigned prefix = directory->shard_bits + segment_of(entry)->depth;
     return prefix == 0 ? ~std::uint64_t{0} : at | (~std::uint64_t{0} >> prefix);
   }
 }
 
-Index::Place Index::place_in(Segment* segment, std::int64_t key, std::uint64_t hash, Handle handle) noexcept {
-  const std::uint32_t buckets = kBuckets[segment->size_class];
-  std::size_t b = bucket_index(hash, buckets);
-  for (;;) {  // ends: a segment is never full
-    Bucket& bucket = segment->buckets()[b];
-    const BucketLock lock(bucket);
-    const std::size_t empty = bucket.slot_of(kAbsent);
-    if (empty != Bucket::kSlots) {
-      bucket.set(empty, key, handle);
-      ++segment->used;
-      return {&bucket, empty};
-    }
-    bucket.count_overflow();
-    b = b + 1 == buckets ? 0 : b + 1;
+Index::Place Index::put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept {
+  Bucket& bucket = segment->buckets()[b];
+  const BucketLock lock(bucket);
+  bucket.set(slot, entry.key, entry.handle);
+  return {&bucket, slot};
+}
+
+void Index::pass(Segment* segment, std::uint32_t b) noexcept {
+  const BucketLock lock(segment->buckets()[b]);
+  segment->buckets()[b].count_overflow();
+}
+
+// Into the first bucket with room from b on. Ends: a segment is never full.
+Index::Place Index::put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept {
+  for (;; b = Span::next(b, kBuckets[segment->size_class])) {
+    const std::size_t empty = segment->buckets()[b].slot_of(kAbsent);
+    if (empty != Bucket::kSlots) return put(segment, b, empty, entry);
+    pass(segment, b);
   }
+}
+
+// Frees a slot of the full bucket b: one of the keys that have their home there becomes a guest in its second choice.
+// Calls fill(slot), and only then is that key gone from b. False if none finds room.
+template <typename Fill>
+bool Index::make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexcept {
+  const Bucket& bucket = segment->buckets()[b];
+  for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
+    const KeyHandle own = {bucket.key[slot].load(std::memory_order_relaxed), bucket.at(slot)};
+    const Span at = span_in(segment, kBuckets[segment->size_class], hash_id(own.key));
+    if (at.index != b || at.second == b) continue;
+    const std::size_t empty = segment->buckets()[at.second].slot_of(kAbsent);
+    if (empty == Bucket::kSlots) continue;
+    segment->begin_move();
+    pass(segment, b);
+    put(segment, at.second, empty, own);
+    fill(slot);
+    segment->end_move();
+    return true;
+  }
+  return false;
+}
+
+Index::Place Index::place_in(Segment* segment, std::uint64_t hash, KeyHandle entry) noexcept {
+  const Span at = span_in(segment, kBuckets[segment->size_class], hash);
+  Place place{nullptr, 0};
+  const auto put_in = [&](std::uint32_t b) { return [&, b](std::size_t slot) { place = put(segment, b, slot, entry); }; };
+  const std::size_t at_home = segment->buckets()[at.index].slot_of(kAbsent);
+  if (at_home != Bucket::kSlots) return put(segment, at.index, at_home, entry);
+  const bool second_is_full = segment->buckets()[at.second].slot_of(kAbsent) == Bucket::kSlots;
+  if (second_is_full && make_room(segment, at.index, put_in(at.index))) return place;
+  pass(segment, at.index);
+  if (second_is_full && make_room(segment, at.second, put_in(at.second))) return place;
+  return put_from(segment, at.second, entry);
 }
 
 Index::Place Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
@@ -106,18 +151,17 @@ Index::Place Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) 
     grow(segment, hash);
     segment = segment_of(entry_at(hash));
   }
-  const Place place = place_in(segment, key, hash, handle);
+  const Place place = place_in(segment, hash, {key, handle});
+  ++segment->used;
   set_size(size() + 1);
   return place;
 }
 
 void Index::erase(Place place, std::uint64_t hash) noexcept {
   Segment* const segment = segment_of(entry_at(hash));
-  const std::uint32_t buckets = kBuckets[segment->size_class];
-  for (std::size_t b = bucket_index(hash, buckets); segment->buckets() + b != place.bucket;
-       b = b + 1 == buckets ? 0 : b + 1) {
-    const BucketLock lock(segment->buckets()[b]);
-    segment->buckets()[b].uncount_overflow();
+  for (Span at = span(hash); &at.bucket() != place.bucket; at.step()) {
+    const BucketLock lock(at.bucket());
+    at.bucket().uncount_overflow();
   }
   {
     const BucketLock lock(*place.bucket);
@@ -129,7 +173,7 @@ void Index::erase(Place place, std::uint64_t hash) noexcept {
 
 std::uint32_t Index::class_for(std::size_t keys) noexcept {
   std::uint32_t size_class = 0;
-  while (size_class < kLastClass && limit(size_class) * 19 / 20 < keys) ++size_class;
+  while (size_class < kLastClass && limit(size_class) * 9 / 10 < keys) ++size_class;
   return size_class;
 }
 
@@ -162,8 +206,27 @@ void Index::grow(Segment* old, std::uint64_t hash) {
 }
 
 void Index::replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept {
+  // First those that find room at home, slot by slot: nobody sees these buckets yet.
+  std::uint8_t taken[2][kBuckets[kLastClass]] = {};
+  std::size_t rest = 0;
   for (std::size_t i = 0; i < moving_.size(); ++i) {
-    place_in(high != nullptr && (hashes_[i] & side) != 0 ? high : low, moving_[i].key, hashes_[i], moving_[i].handle);
+    const bool upper = high != nullptr && (hashes_[i] & side) != 0;
+    Segment* const to = upper ? high : low;
+    const std::uint32_t b = bucket_index(hashes_[i], kBuckets[to->size_class]);
+    const std::size_t slot = taken[upper][b];
+    if (slot < Bucket::kSlots) {
+      taken[upper][b] = static_cast<std::uint8_t>(slot + 1);
+      to->buckets()[b].set(slot, moving_[i].key, moving_[i].handle);
+      ++to->used;
+    } else {
+      hashes_[rest] = hashes_[i];
+      moving_[rest++] = moving_[i];
+    }
+  }
+  for (std::size_t i = 0; i < rest; ++i) {
+    Segment* const to = high != nullptr && (hashes_[i] & side) != 0 ? high : low;
+    place_in(to, hashes_[i], moving_[i]);
+    ++to->used;
   }
   link(low, high == nullptr ? hash : hash & ~side);
   if (high != nullptr) link(high, hash | side);

@@ -19,8 +19,10 @@ namespace freshet {
 // more bits) insertion throws std::bad_alloc, so that such ids cost no more than that.
 //
 // Invariants:
-//  * a key lies in the segment of its hash prefix, in its home bucket or, where all buckets from there on are full, in a
-//    later one (cyclic); it never moves within a segment, so a reader that starts after `insert` returned finds it;
+//  * a key lies in the segment of its hash prefix: in its home bucket or, as a guest, in its second choice (all but one in
+//    a thousand) or, where that is full too, in the first one with room from there on (cyclic). Who finds both choices full
+//    sends a key that is at home there to its second choice. It is there before it is gone here: a reader that goes on from
+//    bucket to bucket finds it, and so every key whose `insert` returned before the search began;
 //  * buckets that a key went past have it in their overflow count, so a search ends at the first count of zero;
 //  * readers hold a Reclaimer::Guard from before the first call until they are done with the buckets they got.
 class Index {
@@ -33,34 +35,45 @@ class Index {
 
   // Any thread
 
-  // The buckets of a segment, cyclic from the home of a hash on.
+  // The buckets in which a hash may lie, in this order: its home, then cyclic from its second choice on.
   struct Span {
-    Bucket* bucket;
-    std::uint16_t index;  // of bucket, in its segment
-    std::uint16_t buckets;
-    std::uint32_t steps;
+    Bucket* first;  // of the segment
+    std::uint32_t buckets;
+    std::uint32_t index;   // of the bucket at hand
+    std::uint32_t second;  // where it goes on from home
+    std::uint32_t steps = 0;
 
-    bool at_home() const noexcept { return steps == 0; }
+    Bucket& bucket() const noexcept { return first[index]; }
     // On to the next bucket; false when all have been seen.
     bool step() noexcept {
-      if (steps + 1 == buckets) return false;  // and so again, if asked again
+      if (steps == buckets) return false;  // and so again, if asked again
+      index = steps == 0 ? second : next(index, buckets);
       ++steps;
-      const bool last = index + 1 == buckets;
-      bucket = last ? bucket - index : bucket + 1;
-      index = static_cast<std::uint16_t>(last ? 0 : index + 1);
       return true;
+    }
+    static std::uint32_t next(std::uint32_t index, std::uint32_t buckets) noexcept {
+      return index + 1 == buckets ? 0 : index + 1;
     }
   };
   Span span(std::uint64_t hash) const noexcept {
     const Entry entry = entry_at(hash);
+    return span_in(segment_of(entry), kBuckets[entry & kClassMask], hash);
+  }
+
+  // The bucket in which the search for a hash begins, and the one in which it goes on if not there.
+  struct Places {
+    Bucket* home;
+    Bucket* second;
+  };
+  FRESHET_INLINE Places places(std::uint64_t hash) const noexcept {
+    const Entry entry = entry_at(hash);
     const std::uint32_t buckets = kBuckets[entry & kClassMask];
-    const std::size_t index = bucket_index(hash, buckets);
-    return {segment_of(entry)->buckets() + index, static_cast<std::uint16_t>(index),
-            static_cast<std::uint16_t>(buckets), 0};
+    Bucket* const first = segment_of(entry)->buckets();
+    return {first + bucket_index(hash, buckets), first + second_index(hash, buckets)};
   }
 
   struct Found {
-    const Bucket* bucket;   // the last one that was looked at
+    Bucket* bucket;         // the last one that was looked at
     std::uint32_t control;  // as begin_read gave it: validate after the row was copied
     Handle handle;          // kAbsent is proven already
   };
@@ -81,17 +94,33 @@ class Index {
   Place locate(std::int64_t key, std::uint64_t hash) const noexcept { return locate_from(span(hash), key); }
   Place locate_from(Span at, std::int64_t key) const noexcept {
     do {
-      const Handle handle = at.bucket->find(key);
-      if (handle != kAbsent) return {at.bucket, at.bucket->slot_of(handle)};
-    } while (Bucket::overflow(at.bucket->control.load(std::memory_order_relaxed)) != 0 && at.step());
+      Bucket& bucket = at.bucket();
+      const Handle handle = bucket.find(key);
+      if (handle != kAbsent) return {&bucket, bucket.slot_of(handle)};
+    } while (Bucket::overflow(at.bucket().control.load(std::memory_order_relaxed)) != 0 && at.step());
     return {nullptr, 0};
   }
 
-  // Sends for what an insertion changes: the bucket and the header of its segment.
-  void prefetch_for_insert(std::uint64_t hash) const noexcept {
+  // Sends for what an insertion changes: the segment's header and the home bucket; later, when that has come, the second
+  // choice if it will be needed.
+  FRESHET_INLINE void prefetch_for_insert(std::uint64_t hash) const noexcept {
     const Entry entry = entry_at(hash);
     prefetch_write(segment_of(entry));
     prefetch_write(segment_of(entry)->buckets() + bucket_index(hash, kBuckets[entry & kClassMask]));
+  }
+  FRESHET_INLINE void prefetch_second(std::uint64_t hash) const noexcept {
+    const Places at = places(hash);
+    if (at.home->slot_of(kAbsent) == Bucket::kSlots) prefetch_write(at.second);
+  }
+  // Later still: where the keys at home there could go.
+  FRESHET_INLINE void prefetch_room(std::uint64_t hash) const noexcept {
+    const Places at = places(hash);
+    if (at.home->slot_of(kAbsent) != Bucket::kSlots || at.second->slot_of(kAbsent) != Bucket::kSlots) return;
+    const Entry entry = entry_at(hash);
+    for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
+      const std::uint64_t other = hash_id(at.home->key[slot].load(std::memory_order_relaxed));
+      prefetch_write(segment_of(entry)->buckets() + second_index(other, kBuckets[entry & kClassMask]));
+    }
   }
 
   // Adds the handle of an absent key. May replace its segment: spans and places in it are then retired.
@@ -107,35 +136,48 @@ class Index {
     std::uint32_t size_class;
     std::uint32_t depth;  // bits of the prefix, beyond the shard's
     std::uint32_t used;
+    std::atomic<std::uint32_t> moves{0};  // odd while a key goes from one bucket to a later one
+    void begin_move() noexcept {
+      moves.store(moves.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+      std::atomic_thread_fence(std::memory_order_release);
+    }
+    void end_move() noexcept { moves.store(moves.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
     Bucket* buckets() noexcept { return reinterpret_cast<Bucket*>(this + 1); }
   };
   // Segment address + size class in its six low bits, so that a reader touches no header.
   using Entry = std::uint64_t;
   static constexpr Entry kClassMask = kCacheLine - 1;
 
-  struct Directory {  // followed by 2^depth entries
+  struct alignas(kCacheLine) Directory {  // followed by 2^depth entries
     unsigned shard_bits;
     unsigned depth;
+    unsigned shift;  // 63 - depth
     std::atomic<Entry>* entries() const noexcept {
       return reinterpret_cast<std::atomic<Entry>*>(const_cast<Directory*>(this) + 1);
     }
     std::size_t position(std::uint64_t hash) const noexcept {
-      return depth == 0 ? 0 : static_cast<std::size_t>(hash << shard_bits >> (64 - depth));
+      return static_cast<std::size_t>(hash << shard_bits >> 1 >> shift);
     }
   };
 
   // With the header, the larger segments are whole pages. From the last size a segment splits into two, mostly of the
   // fourth last size: the load stays between 0.7 and 0.9. Should all keys fall on one side, it gets the last size again.
-  static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 191, 255, 319, 383, 447, 511};
-  static constexpr std::uint32_t kLastClass = 12;
+  static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 255, 383, 511};
+  static constexpr std::uint32_t kLastClass = 9;
 
   static Segment* segment_of(Entry entry) noexcept { return reinterpret_cast<Segment*>(entry & ~kClassMask); }
   static Entry entry_of(Segment* segment) noexcept { return reinterpret_cast<Entry>(segment) | segment->size_class; }
-  static std::size_t bucket_index(std::uint64_t hash, std::uint32_t buckets) noexcept {
-    return static_cast<std::size_t>((hash & 0xffffffffU) * buckets >> 32);
+  static std::uint32_t bucket_index(std::uint64_t hash, std::uint32_t buckets) noexcept {
+    return static_cast<std::uint32_t>((hash & 0xffffffffU) * buckets >> 32);
+  }
+  static std::uint32_t second_index(std::uint64_t hash, std::uint32_t buckets) noexcept {
+    return bucket_index(hash * kGolden >> 32, buckets);
+  }
+  static Span span_in(Segment* segment, std::uint32_t buckets, std::uint64_t hash) noexcept {
+    return {segment->buckets(), buckets, bucket_index(hash, buckets), second_index(hash, buckets)};
   }
   static std::size_t limit(std::uint32_t size_class) noexcept {
-    return kBuckets[size_class] * Bucket::kSlots * 9 / 10;
+    return kBuckets[size_class] * Bucket::kSlots * 19 / 20;
   }
   static std::size_t bytes(std::uint32_t size_class) noexcept {
     return sizeof(Segment) + kBuckets[size_class] * sizeof(Bucket);
@@ -151,7 +193,12 @@ class Index {
   void release(void* memory, std::size_t size) noexcept { reclaimer_->arena().free(memory, size); }
   Directory* make_directory(unsigned shard_bits, unsigned depth);
   Segment* make_segment(std::uint32_t size_class, unsigned depth);
-  static Place place_in(Segment* segment, std::int64_t key, std::uint64_t hash, Handle handle) noexcept;
+  static Place put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept;
+  static Place put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept;
+  static void pass(Segment* segment, std::uint32_t b) noexcept;
+  template <typename Fill>
+  static bool make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexcept;
+  static Place place_in(Segment* segment, std::uint64_t hash, KeyHandle entry) noexcept;
   void grow(Segment* segment, std::uint64_t hash);
   void replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept;
   static std::uint32_t class_for(std::size_t keys) noexcept;

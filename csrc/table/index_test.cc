@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <new>
+#include <atomic>
 #include <random>
+#include <set>
+#include <thread>
 #include <unordered_map>
 
 #include "table_test.h"
@@ -69,7 +72,7 @@ struct Fixture {
         const std::uint64_t hash = freshet::hash_id(listed[i].key);
         CHECK(hash >= at && hash <= last);
       }
-      CHECK((listed.size() - before) * 10 <= index.span(at).buckets * Bucket::kSlots * 9);
+      CHECK((listed.size() - before) * 20 <= index.span(at).buckets * Bucket::kSlots * 19);
       if (last == end) break;
       at = last + 1;
     }
@@ -181,10 +184,9 @@ void test_a_bucket_counts_the_keys_that_went_past_it() {
   Fixture map;
   for (std::uint64_t i = 1; i <= 12; ++i) map.insert(key_at(0, i, 3));
   const Index::Span home = map.index.span(0);
-  CHECK(home.buckets == 3 && Bucket::overflow(home.bucket->control.load()) == 7);
-  CHECK(Bucket::overflow(home.bucket[1].control.load()) == 2);
+  CHECK(home.buckets == 3 && Bucket::overflow(home.first[0].control.load()) == 7);
   for (std::uint64_t i = 1; i <= 12; ++i) map.erase(key_at(0, i, 3));
-  for (int b = 0; b < 3; ++b) CHECK(Bucket::overflow(home.bucket[b].control.load()) == 0);
+  for (int b = 0; b < 3; ++b) CHECK(Bucket::overflow(home.first[b].control.load()) == 0);
 }
 
 // Fills the seven buckets of a small segment in turn until each has forgotten how many keys went past it.
@@ -194,14 +196,59 @@ void test_a_search_ends_where_every_bucket_was_once_full() {
     for (std::uint64_t i = 1; i <= 28; ++i) map.insert(key_at(bucket, i, 7));
     for (std::uint64_t i = 1; i <= 28; ++i) map.erase(key_at(bucket, i, 7));
   }
-  Index::Span at = map.index.span(0);
-  CHECK(at.buckets == 7);
-  for (int b = 0; b < 7; ++b, at.step()) CHECK(Bucket::overflow(at.bucket->control.load()) == Bucket::kOverflowMax);
-  CHECK(!at.step() && !at.step());
+  const Index::Span start = map.index.span(0);
+  CHECK(start.buckets == 7);
+  for (int b = 0; b < 7; ++b) CHECK(Bucket::overflow(start.first[b].control.load()) == Bucket::kOverflowMax);
+  Index::Span at = start;
+  std::set<const Bucket*> seen;
+  do seen.insert(&at.bucket());
+  while (at.step());
+  CHECK(seen.size() == 7 && !at.step());
   const std::int64_t absent = key_at(1, 99, 7);
   map.check_key(absent);
-  CHECK(map.index.locate_from(at, absent).bucket == nullptr);
+  CHECK(map.index.locate_from(start, absent).bucket == nullptr);
   for (std::uint64_t i = 1; i <= 100; ++i) map.insert(key_at(2, i, 7));
+  map.check_all();
+}
+
+// In how many buckets a search looks, at any load.
+void test_all_but_few_keys_are_in_one_of_two_buckets() {
+  Fixture map;
+  for (std::int64_t key = 0; key < 60000; ++key) {
+    map.insert(key);
+    if (key % 5000 != 4999) continue;
+    std::size_t further = 0, guests = 0;
+    for (std::int64_t known = 0; known <= key; ++known) {
+      Index::Span at = map.index.span(freshet::hash_id(known));
+      while (at.bucket().find(known) == kAbsent) CHECK(at.step());
+      guests += at.steps == 1 ? 1 : 0;
+      further += at.steps > 1 ? 1 : 0;
+    }
+    CHECK(guests * 4 < static_cast<std::size_t>(key) && further * 50 < static_cast<std::size_t>(key));
+  }
+}
+
+// Guests move while others look: no key may seem absent, and none may be listed twice or not at all.
+void test_readers_find_every_key_while_keys_move() {
+  Fixture map;
+  constexpr std::int64_t kOld = 2000, kNew = kSanitized ? 20000 : 100000;
+  for (std::int64_t key = 0; key < kOld; ++key) map.insert(key);
+  std::atomic<bool> done{false};
+  std::thread reader([&] {
+    std::vector<KeyHandle> listed;
+    for (std::uint64_t round = 0; !done; ++round) {
+      const Reclaimer::Guard guard(*map.memory);
+      for (std::int64_t key = 0; key < kOld; ++key) CHECK(map.index.find(key, freshet::hash_id(key)).handle != kAbsent);
+      listed.clear();
+      for (std::uint64_t at = 0, last = 0; last != ~std::uint64_t{0}; at = last + 1) last = map.index.list_segment(at, &listed);
+      std::set<std::int64_t> keys;
+      for (const KeyHandle& entry : listed) CHECK(keys.insert(entry.key).second);
+      for (std::int64_t key = 0; key < kOld; ++key) CHECK(keys.count(key) == 1);
+    }
+  });
+  for (std::int64_t key = kOld; key < kNew; ++key) map.insert(key);
+  done = true;
+  reader.join();
   map.check_all();
 }
 
@@ -238,15 +285,15 @@ void test_a_segment_that_a_reader_looks_at_stays_as_it_was() {
   {
     const Reclaimer::Guard guard(*map.memory);
     Index::Span at = map.index.span(freshet::hash_id(5));
-    CHECK(!Bucket::retired(at.bucket->control.load()));
+    CHECK(!Bucket::retired(at.bucket().control.load()));
     for (std::int64_t key = 2000; key < 60000; ++key) map.insert(key);
     std::size_t keys = 0;
     do {
-      CHECK(Bucket::retired(at.bucket->control.load()));
+      CHECK(Bucket::retired(at.bucket().control.load()));
       for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
-        const Handle handle = at.bucket->at(slot);
+        const Handle handle = at.bucket().at(slot);
         if (handle == kAbsent) continue;
-        const std::int64_t key = at.bucket->key[slot].load();
+        const std::int64_t key = at.bucket().key[slot].load();
         CHECK(map.expected.at(key) == handle);
         keys += key < 2000 ? 1 : 0;
       }
@@ -266,6 +313,8 @@ int main() {
   test_what_no_directory_can_tell_apart_is_refused_and_the_rest_goes_on();
   test_a_bucket_counts_the_keys_that_went_past_it();
   test_a_search_ends_where_every_bucket_was_once_full();
+  test_all_but_few_keys_are_in_one_of_two_buckets();
+  test_readers_find_every_key_while_keys_move();
   test_memory_of_replaced_segments_is_used_again();
   test_churn_needs_no_more_memory();
   test_a_segment_that_a_reader_looks_at_stays_as_it_was();

@@ -15,47 +15,96 @@
 
 namespace freshet {
 
-// Invariants:
-//  * a row's address never changes while the store lives: growing adds a slab and copies no row;
-//  * every row number below end() is either taken or on the free list; a freed row is used again before a new one;
-//  * `reserve(n)` makes n calls of `take` safe, `reserve_back(n)` n calls of `give_back`; neither then allocates.
-// One writer; any thread may ask for the address of a row that it has the number of, under a Reclaimer::Guard.
+// Where the bytes of a row lie, by its number: the same for all stores of rows of that size.
 //
 // Rows come in groups of 32, headers first: [32 headers][32 rows]. So rows of whole cache lines begin on an even one: the
 // processor fetches lines in pairs, and half a pair before and after each row would cost a third of the bandwidth.
 //
 // The first slab has 64 rows and each next one doubles the store, until a slab has about 2 MB and all have that size:
 // tiny tables stay tiny, and the address of a row in a large one costs a shift and one load.
+struct RowLayout {
+  static constexpr std::size_t kGroup = 32;
+  static constexpr unsigned kFirstShift = 6;
+  static constexpr Handle kFirstRows = Handle{1} << kFirstShift;
+
+  std::size_t header_bytes;
+  std::size_t stride;
+  std::size_t rows_at;  // in a group
+  std::size_t group_bytes;
+  unsigned shift;           // a full slab has 2^shift rows
+  std::size_t small_slabs;  // slab number of the first row whose number is 2^shift, less one
+
+  RowLayout(std::size_t header, std::size_t row_bytes) noexcept
+      : header_bytes(header),
+        stride(choose_stride(row_bytes)),
+        rows_at((kGroup * header + kLinePair - 1) / kLinePair * kLinePair),
+        group_bytes(rows_at + kGroup * stride),
+        shift(choose_shift(group_bytes / kGroup)),
+        small_slabs(shift - kFirstShift) {}
+
+  struct Place {
+    char* group;
+    std::size_t lane;
+  };
+  FRESHET_INLINE Place place_in(char* const* slabs, Handle handle) const noexcept {
+    if ((handle >> shift) != 0) {
+      const std::size_t i = handle & ((Handle{1} << shift) - 1);
+      return {slabs[small_slabs + (handle >> shift)] + i / kGroup * group_bytes, i % kGroup};
+    }
+    const unsigned level = handle < kFirstRows ? 0 : 32 - kFirstShift - static_cast<unsigned>(__builtin_clz(handle));
+    const std::size_t i = level == 0 ? handle : handle - (kFirstRows << (level - 1));
+    return {slabs[level] + i / kGroup * group_bytes, i % kGroup};
+  }
+  FRESHET_INLINE char* header(Place place) const noexcept { return place.group + place.lane * header_bytes; }
+  FRESHET_INLINE char* row(Place place) const noexcept { return place.group + rows_at + place.lane * stride; }
+
+  std::size_t rows_in(std::size_t slab) const noexcept {
+    if (slab > small_slabs) return std::size_t{1} << shift;
+    return std::size_t{kFirstRows} << (slab == 0 ? 0 : slab - 1);
+  }
+  std::size_t slab_bytes(std::size_t slab) const noexcept { return rows_in(slab) / kGroup * group_bytes; }
+
+ private:
+  // Whole cache lines, unless that wastes more than an eighth.
+  static std::size_t choose_stride(std::size_t row_bytes) noexcept {
+    const std::size_t lines = (row_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+    return lines - row_bytes <= row_bytes / 8 ? lines : (row_bytes + 3) / 4 * 4;
+  }
+  static unsigned choose_shift(std::size_t bytes_per_row) noexcept {
+    unsigned shift = kFirstShift;
+    while (shift < 16 && (bytes_per_row << shift) < kHugePage) ++shift;
+    return shift;
+  }
+};
+
+// Invariants:
+//  * a row's address never changes while the store lives: growing adds a slab and copies no row;
+//  * every row number below end() is either taken or on the free list; a freed row is used again before a new one;
+//  * `reserve(n)` makes n calls of `take` safe, `reserve_back(n)` n calls of `give_back`; neither then allocates.
+// One writer; any thread may ask for the address of a row that it has the number of, under a Reclaimer::Guard.
 class RowStore {
  public:
   RowStore(Reclaimer* reclaimer, std::size_t header_bytes, std::size_t row_bytes)
-      : reclaimer_(reclaimer),
-        header_bytes_(header_bytes),
-        stride_(choose_stride(row_bytes)),
-        rows_at_((kGroup * header_bytes + kLinePair - 1) / kLinePair * kLinePair),
-        group_bytes_(rows_at_ + kGroup * stride_),
-        shift_(choose_shift(group_bytes_ / kGroup)),
-        small_slabs_(shift_ - kFirstShift) {}
+      : reclaimer_(reclaimer), layout_(header_bytes, row_bytes) {}
   ~RowStore() {
     char** const slabs = slabs_.load();
     for (std::size_t i = 0; i < count_; ++i) {
-      if (slab_bytes(i) < kHugePage) std::free(slabs[i]);
+      if (layout_.slab_bytes(i) < kHugePage) std::free(slabs[i]);
     }
-    if (slabs != nullptr) reclaimer_->arena().free(slabs, room_ * sizeof(char*));
+    if (room_ != 0) reclaimer_->arena().free(slabs, room_ * sizeof(char*));
   }
   RowStore(const RowStore&) = delete;
   RowStore& operator=(const RowStore&) = delete;
 
-  char* header(Handle handle) const noexcept {
-    const Place place = place_of(handle);
-    return place.group + place.lane * header_bytes_;
+  const RowLayout& layout() const noexcept { return layout_; }
+  // With the store's layout, which may be a copy of it in registers.
+  FRESHET_INLINE RowLayout::Place place_of(const RowLayout& layout, Handle handle) const noexcept {
+    return layout.place_in(slabs_.load(std::memory_order_acquire), handle);
   }
-  char* row(Handle handle) const noexcept {
-    const Place place = place_of(handle);
-    return place.group + rows_at_ + place.lane * stride_;
-  }
+  char* header(Handle handle) const noexcept { return layout_.header(place_of(layout_, handle)); }
+  char* row(Handle handle) const noexcept { return layout_.row(place_of(layout_, handle)); }
 
-  std::size_t bytes_per_row() const noexcept { return group_bytes_ / kGroup; }
+  std::size_t bytes_per_row() const noexcept { return layout_.group_bytes / RowLayout::kGroup; }
   std::size_t capacity() const noexcept { return capacity_shown_.load(std::memory_order_relaxed); }  // rows in slabs
 
   // std::bad_alloc, or std::length_error beyond 2^31 - 1 rows: nothing has changed.
@@ -75,42 +124,19 @@ class RowStore {
   }
   void give_back(Handle handle) noexcept { free_.push_back(handle); }
 
+  // Sends for the row that the call of `take` after the next few will give.
+  void prefetch_next() const noexcept {
+    constexpr Handle kAhead = 2;
+    if (!free_.empty() || end_ + kAhead >= capacity_) return;
+    prefetch_lines_for_write(row(end_ + kAhead), layout_.stride);
+  }
+
  private:
-  static constexpr std::size_t kGroup = 32;
-  static constexpr unsigned kFirstShift = 6;
-  static constexpr Handle kFirstRows = Handle{1} << kFirstShift;
-
-  struct Place {
-    char* group;
-    std::size_t lane;
-  };
-  Place place_of(Handle handle) const noexcept {
-    char* const* const slabs = slabs_.load(std::memory_order_acquire);
-    if ((handle >> shift_) != 0) {
-      const std::size_t i = handle & ((Handle{1} << shift_) - 1);
-      return {slabs[small_slabs_ + (handle >> shift_)] + i / kGroup * group_bytes_, i % kGroup};
-    }
-    const unsigned level = handle < kFirstRows ? 0 : 32 - kFirstShift - static_cast<unsigned>(__builtin_clz(handle));
-    const std::size_t i = level == 0 ? handle : handle - (kFirstRows << (level - 1));
-    return {slabs[level] + i / kGroup * group_bytes_, i % kGroup};
-  }
-
-  // Whole cache lines, unless that wastes more than an eighth.
-  static std::size_t choose_stride(std::size_t row_bytes) noexcept {
-    const std::size_t lines = (row_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
-    return lines - row_bytes <= row_bytes / 8 ? lines : (row_bytes + 3) / 4 * 4;
-  }
-  static unsigned choose_shift(std::size_t bytes_per_row) noexcept {
-    unsigned shift = kFirstShift;
-    while (shift < 16 && (bytes_per_row << shift) < kHugePage) ++shift;
-    return shift;
-  }
-
   void add_slab() {
-    const std::size_t rows = rows_in(count_);
+    const std::size_t rows = layout_.rows_in(count_);
     if (capacity_ + rows > kCandidateBit) throw std::length_error("a shard of the table cannot have more than 2^31 rows");
     grow_directory();
-    const std::size_t bytes = slab_bytes(count_);
+    const std::size_t bytes = layout_.slab_bytes(count_);
     void* const slab =
         bytes < kHugePage ? allocate_aligned(bytes, kLinePair) : reclaimer_->regions().allocate(bytes);
     slabs_.load(std::memory_order_relaxed)[count_++] = static_cast<char*>(slab);  // no reader has its rows' numbers yet
@@ -126,24 +152,14 @@ class RowStore {
     char** const old = slabs_.load(std::memory_order_relaxed);
     if (count_ != 0) std::memcpy(grown, old, count_ * sizeof(char*));
     slabs_.store(grown, std::memory_order_release);
-    if (old != nullptr) reclaimer_->retire(old, room_ * sizeof(char*));
+    if (room_ != 0) reclaimer_->retire(old, room_ * sizeof(char*));
     room_ = room;
   }
 
-  std::size_t slab_bytes(std::size_t slab) const noexcept { return rows_in(slab) / kGroup * group_bytes_; }
-  std::size_t rows_in(std::size_t slab) const noexcept {
-    if (slab > small_slabs_) return std::size_t{1} << shift_;
-    return std::size_t{kFirstRows} << (slab == 0 ? 0 : slab - 1);
-  }
-
   Reclaimer* const reclaimer_;
-  const std::size_t header_bytes_;
-  const std::size_t stride_;
-  const std::size_t rows_at_;  // in a group
-  const std::size_t group_bytes_;
-  const unsigned shift_;             // a full slab has 2^shift_ rows
-  const std::size_t small_slabs_;    // slab number of the first row whose number is 2^shift_, less one
-  std::atomic<char**> slabs_{nullptr};
+  const RowLayout layout_;
+  static inline char* no_slab_ = nullptr;
+  std::atomic<char**> slabs_{&no_slab_};  // so that row 0 has an address, if no memory, in an empty store too
   std::size_t count_ = 0;
   std::size_t room_ = 0;  // of slabs_
   std::size_t capacity_ = 0;

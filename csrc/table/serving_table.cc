@@ -66,9 +66,9 @@ void ServingTable::check(const std::int64_t* keys, std::size_t n, const float* w
 // Gets the buckets and rows of keys [from, to) on their way, so that their cache misses overlap.
 template <typename KeyAt>
 void ServingTable::prefetch(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept {
-  for (std::size_t i = from; i < to; ++i) prefetch_write(index_.span(hash_id(key_at(i))).bucket);
+  for (std::size_t i = from; i < to; ++i) prefetch_write(index_.places(hash_id(key_at(i))).home);
   for (std::size_t i = from; i < to; ++i) {
-    const Handle handle = index_.span(hash_id(key_at(i))).bucket->find(key_at(i));
+    const Handle handle = index_.places(hash_id(key_at(i))).home->find(key_at(i));
     if (handle != kAbsent) prefetch_row_for_write(store_.row(handle), codec_.row_bytes());
   }
 }

@@ -27,7 +27,7 @@ struct Probe {
 // Looks for the id in the bucket that has arrived. Unclear: a writer is at work on it, or has replaced it. Each bucket
 // is proven before the next, as in Index::find, and a handle before it is followed.
 inline void look(Probe& probe, std::int64_t id, const RowStore& store) noexcept {
-  const Bucket& bucket = *probe.span.bucket;
+  const Bucket& bucket = probe.span.bucket();
   probe.control = bucket.control.load(std::memory_order_acquire);
   const Handle handle = bucket.find(id);
   const bool proven = (probe.control & (Bucket::kVersion | Bucket::kRetired)) == 0 && bucket.end_read(probe.control);
@@ -96,7 +96,7 @@ std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, flo
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint64_t hash = hash_id(ids[i]);
     probes[i] = {State::kSearching, hash, index_.span(hash), 0, nullptr};
-    prefetch_read(probes[i].span.bucket);
+    prefetch_read(&probes[i].span.bucket());
     searching[i] = static_cast<std::uint8_t>(i);
   }
   for (std::size_t left = n, still = 0; left != 0; left = still, still = 0) {
@@ -105,7 +105,7 @@ std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, flo
       look(probe, ids[searching[s]], store_);
       if (probe.state == State::kFound) prefetch_row(probe.row, codec_.row_bytes());
       if (probe.state != State::kSearching) continue;
-      prefetch_read(probe.span.bucket);
+      prefetch_read(&probe.span.bucket());
       searching[still++] = searching[s];
     }
   }
@@ -114,7 +114,7 @@ std::size_t ServingTable::read_block(const std::int64_t* ids, std::size_t n, flo
     const Probe& probe = probes[i];
     bool found = probe.state == State::kFound;
     if (found) decode_racy(codec_, probe.row, out);
-    const bool proven = probe.state == State::kAbsent || (found && probe.span.bucket->end_read(probe.control));
+    const bool proven = probe.state == State::kAbsent || (found && probe.span.bucket().end_read(probe.control));
     if (!proven) found = read_row(ids[i], probe.hash, out);
     if (found) continue;
     ++absent;

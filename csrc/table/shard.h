@@ -32,6 +32,7 @@ class Shard {
   // Any thread
 
   const Index& index() const noexcept { return index_; }
+  const RowStore& rows() const noexcept { return rows_; }
   RowMeta& meta(Handle handle) const noexcept { return *reinterpret_cast<RowMeta*>(rows_.header(handle)); }
   float* floats(Handle handle) const noexcept { return reinterpret_cast<float*>(rows_.row(handle)); }
   CandidateRecord& candidate(Handle handle) const noexcept {
@@ -69,6 +70,7 @@ class Shard {
   // A row that nobody sees yet; complete it, then publish it. std::bad_alloc: nothing has changed.
   Handle take_row() {
     rows_.reserve(1);
+    rows_.prefetch_next();
     return rows_.take();
   }
   void untake_row(Handle handle) noexcept { rows_.give_back(handle); }

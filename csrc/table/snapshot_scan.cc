@@ -94,19 +94,42 @@ SnapshotScan::~SnapshotScan() {
   table_.snapshot_.store(nullptr, std::memory_order_relaxed);
 }
 
-void SnapshotScan::keep_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
+void SnapshotScan::keep_row(std::int64_t key, const float* floats, RowMeta& meta, Block* block) noexcept {
   std::uint16_t before = meta.saved.load(std::memory_order_relaxed);
   if (before == number_ || !meta.saved.compare_exchange_strong(before, number_, std::memory_order_acq_rel)) return;
-  if (gave_up_) return;
   try {
-    if (saved_.empty() || saved_.back().keys.size() >= rows_per_block()) {
-      saved_.emplace_back();
-      saved_.back().last_bucket = virtual_bucket(kLastHash);
-      saved_.back().reserve(rows_per_block(), table_.config_.dim, table_.state_dim_);
+    if (block->keys.capacity() == 0) take_spare(block);
+    if (block->keys.size() == rows_per_block()) {
+      hand_over(block);
+      take_spare(block);
     }
-    add(&saved_.back(), key, floats, meta);
+    add(block, key, floats, meta);
   } catch (const std::bad_alloc&) {
     gave_up_ = true;  // training goes on; `next` reports it
+  }
+}
+
+// An empty block with memory, preferably one that has been handed out and came back.
+void SnapshotScan::take_spare(Block* block) {
+  {
+    const std::lock_guard<std::mutex> lock(saved_mutex_);
+    if (!spare_.empty()) {
+      std::swap(*block, spare_.back());
+      spare_.pop_back();
+    }
+  }
+  block->clear();
+  block->reserve(rows_per_block(), table_.config_.dim, table_.state_dim_);
+}
+
+void SnapshotScan::hand_over(Block* block) noexcept {
+  block->last_bucket = virtual_bucket(kLastHash);
+  try {
+    const std::lock_guard<std::mutex> lock(saved_mutex_);
+    saved_.emplace_back();
+    std::swap(saved_.back(), *block);
+  } catch (const std::bad_alloc&) {
+    gave_up_ = true;
   }
 }
 
@@ -120,15 +143,19 @@ void SnapshotScan::keep_word(std::int64_t key, std::uint64_t word) noexcept {
 
 bool SnapshotScan::next(Block* block) {
   block->clear();
+  if (scanned_ && !settled_) {
+    const std::lock_guard<std::mutex> writing(table_.write_mutex_);  // a batch under way hands over what it has kept
+    settled_ = true;
+  }
+  if (gave_up_) {
+    throw std::runtime_error("no memory was left to keep rows that training changed; free some and take it again");
+  }
   {
     const std::lock_guard<std::mutex> lock(saved_mutex_);
-    if (gave_up_) {
-      throw std::runtime_error("no memory was left to keep rows that training changed; free some and take it again");
-    }
-    const bool whole = !saved_.empty() && (scanned_ || saved_.size() > 1);
-    if (whole) {  // handed over as it is: nothing is copied under the lock
+    if (!saved_.empty()) {  // handed on as it is: nothing is copied under the lock
       std::swap(*block, saved_.front());
-      saved_.erase(saved_.begin());
+      spare_.push_back(std::move(saved_.front()));
+      saved_.pop_front();
       return true;
     }
   }

@@ -1,8 +1,10 @@
 // Reads a whole table as it was at one moment, while training goes on.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -54,25 +56,40 @@ class SnapshotScan {
   Epoch dropped_to() const noexcept { return dropped_to_; }
   std::size_t rows() const noexcept { return rows_; }
 
-  // The writer's side: hands over what it is about to change, as it is. Locks at the first row that the scan still needs,
-  // until its own end: other writers and the scan wait meanwhile.
-  class Keeper {
+  // The writer's side: keeps what it is about to change, as it is, until the end of its batch, where the scan gets it.
+  // Of a thread's own; rows cost no lock.
+  class RowKeeper {
    public:
-    explicit Keeper(SnapshotScan* scan) noexcept : scan_(scan) {}  // nullptr: no snapshot is being taken
-    // Before the first change of a row, under the lock of its bucket.
-    void keep_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
-      if (scan_ == nullptr || meta.saved.load(std::memory_order_relaxed) == scan_->number_) return;
-      lock();
-      scan_->keep_row(key, floats, meta);
+    explicit RowKeeper(SnapshotScan* scan) noexcept : scan_(scan) {}  // nullptr: no snapshot is being taken
+    ~RowKeeper() {
+      if (!kept_.keys.empty()) scan_->hand_over(&kept_);
     }
+    RowKeeper(const RowKeeper&) = delete;
+    RowKeeper& operator=(const RowKeeper&) = delete;
+    // Before the first change of a row, under the lock of its bucket.
+    void keep(std::int64_t key, const float* floats, RowMeta& meta) noexcept {
+      if (scan_ == nullptr || meta.saved.load(std::memory_order_relaxed) == scan_->number_) return;
+      scan_->keep_row(key, floats, meta, &kept_);
+    }
+
+   private:
+    SnapshotScan* const scan_;
+    Block kept_;
+  };
+
+  // The same for candidates. Locks at the first one, until its own end: other writers and the scan wait meanwhile, and no
+  // RowKeeper may keep anything in this thread.
+  class CandidateKeeper {
+   public:
+    explicit CandidateKeeper(SnapshotScan* scan) noexcept : scan_(scan) {}
     // Before a candidate is changed, removed or becomes a row.
-    void keep_candidate(std::int64_t key, std::uint32_t word) noexcept {
+    void keep(std::int64_t key, std::uint32_t word) noexcept {
       if (scan_ == nullptr) return;
       lock();
       scan_->keep_word(key, word);
     }
     // Before an id that is none becomes a candidate or a row.
-    void keep_no_candidate(std::int64_t key) noexcept {
+    void keep_none(std::int64_t key) noexcept {
       if (scan_ == nullptr) return;
       lock();
       scan_->keep_word(key, kNone);
@@ -91,7 +108,9 @@ class SnapshotScan {
   static constexpr std::uint64_t kNone = ~std::uint64_t{0};
   static constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
 
-  void keep_row(std::int64_t key, const float* floats, RowMeta& meta) noexcept;
+  void keep_row(std::int64_t key, const float* floats, RowMeta& meta, Block* block) noexcept;
+  void take_spare(Block* block);
+  void hand_over(Block* block) noexcept;
   void keep_word(std::int64_t key, std::uint64_t word) noexcept;
   void add(Block* block, std::int64_t key, const float* floats, const RowMeta& meta) const;
   void drop_last(Block* block) const;
@@ -107,6 +126,7 @@ class SnapshotScan {
   std::uint16_t number_ = 0;
   std::uint64_t at_ = 0;     // hash up to which the index has been read
   bool scanned_ = false;     // all of it
+  bool settled_ = false;     // and no batch that began before is still under way
   EmbeddingTable::Progress progress_;
   std::vector<std::int64_t> tombstone_keys_;
   std::vector<Epoch> tombstone_epochs_;
@@ -116,9 +136,10 @@ class SnapshotScan {
   bool ended_ = false;
 
   std::mutex saved_mutex_;
-  std::vector<Block> saved_;
+  std::deque<Block> saved_;
+  std::vector<Block> spare_;  // emptied by the scan, for the next rows to keep: fresh memory would cost page faults
   std::unordered_map<std::int64_t, std::uint64_t> saved_candidates_;  // words as of the moment; kNone: it was none
-  bool gave_up_ = false;
+  std::atomic<bool> gave_up_{false};
 };
 
 }  // namespace freshet

@@ -1,6 +1,7 @@
 // Measures the embedding table beside its peers; prints one line of JSON per series of samples.
 // Run by model/experiments/bench_table.py, which does the arithmetic; alone: csrc/build/bench_table --quick
 #include <malloc.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -11,6 +12,8 @@
 #include "harness.h"
 
 namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 [[noreturn]] void usage(const char* wrong) {
   std::fprintf(stderr,
@@ -86,6 +89,8 @@ void warm_memory(const bench::Options& options) {
   const std::size_t bytes = 3 * options.rows * 2 * options.dim * sizeof(float);
   void* const memory = std::malloc(bytes);
   if (memory == nullptr) throw std::bad_alloc();
+  const auto start = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(start), bytes - kHugePage, MADV_HUGEPAGE);
   std::memset(memory, 1, bytes);
   std::free(memory);
 }
