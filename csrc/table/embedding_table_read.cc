@@ -45,7 +45,7 @@ FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, st
   fly<Intent::kRead>(
       n, bytes, row_layout(), [ids](std::size_t i) { return ids[i]; },
       [shards, shard_bits](std::uint64_t hash) -> Shard& { return *shards[shard_index(hash, shard_bits)]; },
-      [&](std::size_t i, const Arrival& arrival) __attribute__((always_inline)) {
+      [&](std::size_t i, const Arrival<Shard>& arrival) __attribute__((always_inline)) {
         float* const to = out + i * dim;
         if (arrival.row != nullptr) {
           copy_racy(arrival.row, bytes, to);

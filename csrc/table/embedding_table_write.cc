@@ -27,20 +27,20 @@ FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write&
   fly<Intent::kWrite>(
       group.items.size(), float_bytes(), row_layout(), [items](std::size_t i) { return items[i].id; },
       [shards, shard_bits](std::uint64_t hash) -> Shard& { return *shards[shard_index(hash, shard_bits)]; },
-      [&](std::size_t i, const Arrival& at) __attribute__((always_inline)) {
+      [&](std::size_t i, const Arrival<Shard>& at) __attribute__((always_inline)) {
         const Item& item = items[i];
         if (at.row == nullptr) {
           if (is_candidate(at.handle)) {
-            group.newcomers.emplace_back(i, at.shard->candidate(at.handle).word.load(std::memory_order_relaxed));
+            group.newcomers.emplace_back(i, at.shelf->candidate(at.handle).word.load(std::memory_order_relaxed));
           } else {
             group.newcomers.emplace_back(i);
           }
           return;
         }
-        RowMeta& meta = at.shard->meta(at.handle);
+        RowMeta& meta = at.shelf->meta(at.handle);
         const BucketLock lock(*at.bucket);
-        keeper.keep(item.id, at.row, meta);
-        write(*at.shard, item, meta, at.row);
+        keeper.keep(item.id, at.floats(), meta);
+        write(*at.shelf, item, meta, at.floats());
         ++written;
       });
   return written;

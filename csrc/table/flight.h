@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "shard.h"
 
@@ -13,12 +14,15 @@ enum class Intent { kRead, kWrite };
 
 // Where an id has arrived. A handle of a row or a candidate is to be believed only if `control` is still the bucket's once
 // the row was copied; kAbsent is proven already.
+template <typename Shelf>
 struct Arrival {
-  Shard* shard;
+  Shelf* shelf;
   Bucket* bucket;
-  float* row;             // nullptr if the id has none
+  char* row;              // nullptr if the id has none
   std::uint32_t control;  // of the bucket, before its slots were read
   Handle handle;
+
+  float* floats() const noexcept { return reinterpret_cast<float*>(row); }
 };
 
 template <Intent intent>
@@ -30,49 +34,51 @@ FRESHET_INLINE void send_for(const void* p) noexcept {
   }
 }
 
-FRESHET_INLINE void send_for_header(const RowLayout& layout, RowLayout::Place place) noexcept {
-  const char* const header = layout.header(place);
-  prefetch_write(header);
-  prefetch_write(header + sizeof(RowMeta) - 1);  // one header in eight lies on two cache lines
+// `bytes` from p on; a row need not begin on a cache line.
+template <Intent intent>
+FRESHET_INLINE void send_for_all(const char* p, std::size_t bytes) noexcept {
+  for (std::size_t at = 0; at < bytes; at += kCacheLine) send_for<intent>(p + at);
+  send_for<intent>(p + bytes - 1);
 }
 
-template <Intent intent>
-FRESHET_INLINE float* send_for_row(const RowLayout& layout, const Shard& shard, Handle handle, std::size_t bytes) noexcept {
-  const RowLayout::Place place = shard.rows().place_of(layout, handle);
-  char* const row = layout.row(place);
-  for (std::size_t at = 0; at < bytes; at += kCacheLine) send_for<intent>(row + at);
-  if (intent == Intent::kWrite) send_for_header(layout, place);
-  return reinterpret_cast<float*>(row);
+template <Intent intent, typename Shelf>
+FRESHET_INLINE char* send_for_row(const RowLayout& layout, const Shelf& shelf, Handle handle, std::size_t bytes) noexcept {
+  const RowLayout::Place place = shelf.rows().place_of(layout, handle);
+  send_for_all<intent>(layout.row(place), bytes);
+  if (intent == Intent::kWrite) send_for_all<intent>(layout.header(place), sizeof(RowMeta));
+  return layout.row(place);
 }
 
 // Takes ids [0, n) to their rows and calls arrive(i, arrival) once for each, most of them in order. One id takes off for
 // each that arrives, so that prefetches come evenly and computing goes on meanwhile. Ids whose home bucket does not settle
-// the matter (it is full, and they may be guests elsewhere, or a writer is at work there) stand aside, and take the complete
-// search when there are many of them.
-// id_of(i), i < n. shard_of(hash). row_bytes: how much of a row is wanted. All is passed by value, and kept in arrays of
-// one kind each, on purpose: rows are copied as bytes, after which a compiler loads again what could be reached from
-// outside; with this loop, the prefetches and not the instructions are what a lookup costs.
-template <Intent intent, typename IdOf, typename ShardOf, typename Arrive>
+// the matter (it is full, and they may be guests elsewhere, or a writer is at work there) stand aside, and take the
+// complete search when there are many of them.
+// id_of(i), i < n. shelf_of(hash): what has index() and rows() for it. row_bytes: how much of a row is wanted. All is
+// passed by value, and kept in arrays of one kind each, on purpose: rows are copied as bytes, after which a compiler loads
+// again what could be reached from outside.
+template <Intent intent, typename IdOf, typename ShelfOf, typename Arrive>
 FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout layout, const IdOf id_of,
-                        const ShardOf shard_of, const Arrive arrive) {
+                        const ShelfOf shelf_of, const Arrive arrive) {
+  using Shelf = std::remove_reference_t<decltype(shelf_of(0))>;
+  using At = Arrival<Shelf>;
   constexpr std::size_t kLook = 16, kArrive = 32;  // ids after take-off
   constexpr std::size_t kRing = 64, kAside = 32;
   constexpr std::uint32_t kUnstable = Bucket::kVersion | Bucket::kRetired;
-  Shard* shards[kRing];
+  Shelf* shelves[kRing];
   Index::Places buckets[kRing];
-  float* rows[kRing];
+  char* rows[kRing];
   Handle handles[kRing];
   std::uint32_t controls[kRing];
   std::size_t aside[kAside];
-  Arrival guests[kAside];
+  At guests[kAside];
   std::size_t waiting = 0;
   // Most guests are in their second bucket, which has come meanwhile.
-  const auto stand_aside = [&](std::size_t i, Shard* shard, Bucket* bucket) __attribute__((always_inline)) {
+  const auto stand_aside = [&](std::size_t i, Shelf* shelf, Bucket* bucket) __attribute__((always_inline)) {
     const std::uint32_t control = bucket->control.load(std::memory_order_acquire);
-    Arrival& guest = guests[waiting];
-    guest = {shard, bucket, nullptr, control, bucket->find(id_of(i))};
+    At& guest = guests[waiting];
+    guest = {shelf, bucket, nullptr, control, bucket->find(id_of(i))};
     if (is_row(guest.handle) && (control & kUnstable) == 0) {
-      guest.row = send_for_row<intent>(layout, *shard, guest.handle, row_bytes);
+      guest.row = send_for_row<intent>(layout, *shelf, guest.handle, row_bytes);
     }
     aside[waiting++] = i;
   };
@@ -80,10 +86,10 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
     for (std::size_t k = 0; k < waiting; ++k) {
       if (guests[k].row != nullptr) continue;
       const std::int64_t id = id_of(aside[k]);
-      Shard& shard = *guests[k].shard;
-      const Index::Found at = shard.index().find(id, hash_id(id));
-      guests[k] = {&shard, at.bucket, nullptr, at.control, at.handle};
-      if (is_row(at.handle)) guests[k].row = send_for_row<intent>(layout, shard, at.handle, row_bytes);
+      Shelf& shelf = *guests[k].shelf;
+      const Index::Found at = shelf.index().find(id, hash_id(id));
+      guests[k] = {&shelf, at.bucket, nullptr, at.control, at.handle};
+      if (is_row(at.handle)) guests[k].row = send_for_row<intent>(layout, shelf, at.handle, row_bytes);
     }
     for (std::size_t k = 0; k < waiting; ++k) arrive(aside[k], guests[k]);
     waiting = 0;
@@ -98,17 +104,17 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
         settled = nowhere && buckets[at].home->end_read(controls[at]);
       }
       if (settled) {
-        arrive(i, Arrival{shards[at], buckets[at].home, rows[at], controls[at], handles[at]});
+        arrive(i, At{shelves[at], buckets[at].home, rows[at], controls[at], handles[at]});
       } else {
-        stand_aside(i, shards[at], buckets[at].second);
+        stand_aside(i, shelves[at], buckets[at].second);
         if (waiting == kAside) search_aside();
       }
     }
     if (t < n) {
       const std::uint64_t hash = hash_id(id_of(t));
-      Shard& shard = shard_of(hash);
-      shards[t % kRing] = &shard;
-      buckets[t % kRing] = shard.index().places(hash);
+      Shelf& shelf = shelf_of(hash);
+      shelves[t % kRing] = &shelf;
+      buckets[t % kRing] = shelf.index().places(hash);
       send_for<intent>(buckets[t % kRing].home);
     }
     if (t >= kLook && t < n + kLook) {
@@ -120,12 +126,12 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
       handles[at] = handle;
       // Without a branch, which could not be foreseen: it decides for one id in eight that it is a guest.
       const std::uintptr_t there = std::uintptr_t{0} - static_cast<std::uintptr_t>(is_row(handle) && (control & kUnstable) == 0);
-      const RowLayout::Place place = shards[at]->rows().place_of(layout, handle & static_cast<Handle>(there));
+      const RowLayout::Place place = shelves[at]->rows().place_of(layout, handle & static_cast<Handle>(there));
       const auto row = reinterpret_cast<std::uintptr_t>(layout.row(place)) & there;
-      rows[at] = reinterpret_cast<float*>(row);
+      rows[at] = reinterpret_cast<char*>(row);
       const char* const next = reinterpret_cast<const char*>(row | (reinterpret_cast<std::uintptr_t>(buckets[at].second) & ~there));
-      for (std::size_t line = 0; line < row_bytes; line += kCacheLine) send_for<intent>(next + line);
-      if (intent == Intent::kWrite) send_for_header(layout, place);
+      send_for_all<intent>(next, row_bytes);
+      if (intent == Intent::kWrite) send_for_all<intent>(layout.header(place), sizeof(RowMeta));
     }
   }
   search_aside();

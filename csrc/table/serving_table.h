@@ -81,7 +81,7 @@ class ServingTable {
   template <typename KeyAt>
   void prefetch(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept;
 
-  std::size_t read_block(const std::int64_t* ids, std::size_t n, float* out, Missing missing) const noexcept;
+  std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing) const noexcept;
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
   void read_missing(std::int64_t id, Missing missing, float* out) const noexcept;
   void count(std::size_t ids, std::size_t absent) const noexcept;
