@@ -71,7 +71,8 @@ std::size_t EmbeddingTable::lookup(const std::int64_t* ids, std::size_t n, float
 std::size_t EmbeddingTable::read(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                                  std::size_t threads, std::uint8_t* is_absent) const {
   std::atomic<std::size_t> absent{0};
-  const std::size_t size = threads <= 1 && n != 0 ? n : kTask;  // nothing is in flight across tasks
+  // A task for each thread: nothing is in flight across tasks.
+  const std::size_t size = std::max(kTask, (n + threads - 1) / std::max<std::size_t>(threads, 1));
   parallel_for((n + size - 1) / size, threads, [&](std::size_t task) {
     const Reclaimer::Guard guard(reclaimer_);
     const std::size_t at = task * size;

@@ -48,15 +48,11 @@ FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write&
 
 // While newcomer i is inserted, gets the buckets of those after it on their way from memory.
 FRESHET_INLINE void EmbeddingTable::send_for_places(const Group& group, std::size_t i) const noexcept {
-  constexpr std::size_t kHome = 24, kSecond = 16, kRoom = 8;  // newcomers ahead
+  constexpr std::size_t kChoices = 20, kRoom = 10;  // newcomers ahead
   const auto hash_of = [&](std::size_t newcomer) { return hash_id(group.items[group.newcomers[newcomer].item].id); };
-  if (i + kHome < group.newcomers.size()) {
-    const std::uint64_t hash = hash_of(i + kHome);
+  if (i + kChoices < group.newcomers.size()) {
+    const std::uint64_t hash = hash_of(i + kChoices);
     shard_of(hash).index().prefetch_for_insert(hash);
-  }
-  if (i + kSecond < group.newcomers.size()) {
-    const std::uint64_t hash = hash_of(i + kSecond);
-    shard_of(hash).index().prefetch_second(hash);
   }
   if (i + kRoom < group.newcomers.size()) {
     const std::uint64_t hash = hash_of(i + kRoom);

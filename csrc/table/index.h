@@ -101,25 +101,22 @@ class Index {
     return {nullptr, 0};
   }
 
-  // Sends for what an insertion changes: the segment's header and the home bucket; later, when that has come, the second
-  // choice if it will be needed.
+  // Sends for what an insertion changes: the segment's header, the home bucket and the second choice; later, when these
+  // have come and are full, the buckets where the keys at home there could go.
   FRESHET_INLINE void prefetch_for_insert(std::uint64_t hash) const noexcept {
     const Entry entry = entry_at(hash);
+    const Span at = span_in(segment_of(entry), kBuckets[entry & kClassMask], hash);
     prefetch_write(segment_of(entry));
-    prefetch_write(segment_of(entry)->buckets() + bucket_index(hash, kBuckets[entry & kClassMask]));
+    prefetch_write(at.first + at.index);
+    prefetch_write(at.first + at.second);
   }
-  FRESHET_INLINE void prefetch_second(std::uint64_t hash) const noexcept {
-    const Places at = places(hash);
-    if (at.home->slot_of(kAbsent) == Bucket::kSlots) prefetch_write(at.second);
-  }
-  // Later still: where the keys at home there could go.
   FRESHET_INLINE void prefetch_room(std::uint64_t hash) const noexcept {
-    const Places at = places(hash);
-    if (at.home->slot_of(kAbsent) != Bucket::kSlots || at.second->slot_of(kAbsent) != Bucket::kSlots) return;
     const Entry entry = entry_at(hash);
-    for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
-      const std::uint64_t other = hash_id(at.home->key[slot].load(std::memory_order_relaxed));
-      prefetch_write(segment_of(entry)->buckets() + second_index(other, kBuckets[entry & kClassMask]));
+    const Span at = span_in(segment_of(entry), kBuckets[entry & kClassMask], hash);
+    const Bucket& home = at.first[at.index];
+    if (home.slot_of(kAbsent) != Bucket::kSlots || at.first[at.second].slot_of(kAbsent) != Bucket::kSlots) return;
+    for (const std::atomic<std::int64_t>& key : home.key) {
+      prefetch_write(at.first + second_index(hash_id(key.load(std::memory_order_relaxed)), at.buckets));
     }
   }
 

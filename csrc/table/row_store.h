@@ -128,7 +128,9 @@ class RowStore {
   void prefetch_next() const noexcept {
     constexpr Handle kAhead = 2;
     if (!free_.empty() || end_ + kAhead >= capacity_) return;
-    prefetch_lines_for_write(row(end_ + kAhead), layout_.stride);
+    const RowLayout::Place place = place_of(layout_, end_ + kAhead);
+    prefetch_write(layout_.header(place));
+    prefetch_lines_for_write(layout_.row(place), layout_.stride);
   }
 
  private:
