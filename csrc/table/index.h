@@ -13,14 +13,14 @@
 namespace freshet {
 
 // Extendible hashing: a directory of 2^depth entries names segments of 1 to 511 buckets. A full segment is replaced by a
-// larger one or by two, so an insertion moves at most one segment's keys (about 2,300) and never the whole table; keys are
+// larger one or by two, so an insertion moves at most one segment's keys (2,427) and never the whole table; keys are
 // moved from bucket to bucket, and no row is touched. About 17 bytes per key.
 // A directory has at most 2^17 entries, which is some 200 M keys; beyond (or for ids chosen so that their hashes agree in
 // more bits) insertion throws std::bad_alloc, so that such ids cost no more than that.
 //
 // Invariants:
 //  * a key lies in the segment of its hash prefix: in its home bucket or, as a guest, in its second choice (all but one in
-//    a thousand) or, where that is full too, in the first one with room from there on (cyclic). Who finds both choices full
+//    two hundred at worst) or, where that is full too, in the first one with room from there on (cyclic). Who finds both choices full
 //    sends a key that is at home there to its second choice. It is there before it is gone here: a reader that goes on from
 //    bucket to bucket finds it, and so every key whose `insert` returned before the search began;
 //  * buckets that a key went past have it in their overflow count, so a search ends at the first count of zero;
@@ -158,7 +158,7 @@ class Index {
   };
 
   // With the header, the larger segments are whole pages. From the last size a segment splits into two, mostly of the
-  // fourth last size: the load stays between 0.7 and 0.9. Should all keys fall on one side, it gets the last size again.
+  // last but one: the load stays between 0.63 and 0.95. Should all keys fall on one side, it gets the last size again.
   static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 255, 383, 511};
   static constexpr std::uint32_t kLastClass = 9;
 
