@@ -8,25 +8,20 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from model.experiments.ml1m_rectools import Peer
 from model.experiments.ml1m_train import CUTS, RunResult
 
 METRICS = tuple(f"{name}@{k}" for k in CUTS for name in ("hr", "ndcg"))
 QUOTED_SECONDS = {"hstu": 24.0, "sasrec": 26.0, "hstu-large": 46.5}
 """RecTools 0.19 on 2,999 users, batches of 32, softmax over the catalogue, 2 threads of a 2-core machine."""
 QUOTED_QUALITY = {
-    "hstu": {"hr@10": 0.314, "ndcg@10": 0.182, "hr@50": 0.557, "hr@200": 0.758},
-    "sasrec": {"hr@10": 0.268, "ndcg@10": 0.156},
+    "RecTools HSTU 2x1, one seed, quoted": {"hr@10": 0.314, "ndcg@10": 0.182, "hr@50": 0.557, "hr@200": 0.758},
+    "RecTools SASRec 2x1, one seed, quoted": {"hr@10": 0.268, "ndcg@10": 0.156},
 }
-"""RecTools 0.19 on the same users and split, candidates minus training and validation items, one seed."""
-TITLES = {"hstu": "RecTools HSTU 2x1", "sasrec": "RecTools SASRec 2x1", "hstu-large": "RecTools HSTU 8x2"}
+"""RecTools 0.19 on the same users and split, candidates minus training and validation items."""
 
 
-def table(rows: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> str:
-    """Markdown: test metrics per model, the mean over seeds and, where there are several, their standard deviation.
-
-    RecTools' rows are those measured, and quoted where they were not.
-    """
+def table(rows: dict[str, list[RunResult]]) -> str:
+    """Markdown: test metrics per model, the mean over seeds and, where there are several, their standard deviation."""
     heads = ["model", "seeds", "best epoch", *(name.upper() for name in METRICS), "s / epoch", "events / s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, results in rows.items():
@@ -37,20 +32,13 @@ def table(rows: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> str:
         cells += [f"{_mean([r.seconds_per_epoch for r in results]):.1f}"]
         cells += [f"{_mean([r.events_per_second for r in results]):,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    for name, title in TITLES.items():
-        peer = theirs.get(name)
-        measured = peer.test if peer is not None else None
-        metrics = measured or QUOTED_QUALITY.get(name, {})
-        if not metrics:
-            continue
-        row = [_short(metrics[metric]) if metric in metrics else "" for metric in METRICS]
-        last = str(peer.epochs) if peer is not None and measured else ""
-        title = title if measured else f"{title}, quoted"
-        lines.append("| " + " | ".join([title, "1", last, *row, f"{peer.seconds:.1f}" if peer else "", ""]) + " |")
+    for name, metrics in QUOTED_QUALITY.items():
+        quoted = [_short(metrics[metric]) if metric in metrics else "" for metric in METRICS]
+        lines.append("| " + " | ".join([name, "1", "", *quoted, "", ""]) + " |")
     return "\n".join(lines)
 
 
-def speed(found: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> str:
+def speed(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> str:
     """Markdown: seconds per epoch beside RecTools', measured here or quoted."""
     lines = ["| model | ours | RecTools | ratio | |", "|---|---|---|---|---|"]
     for name, ratio in ratios(found, theirs).items():
@@ -60,9 +48,9 @@ def speed(found: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> str:
     return "\n".join(lines)
 
 
-def ratios(found: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> dict[str, float]:
+def ratios(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> dict[str, float]:
     """Their seconds per epoch over ours, by name."""
-    known = QUOTED_SECONDS | {name: peer.seconds for name, peer in theirs.items()}
+    known = QUOTED_SECONDS | theirs
     return {
         name: known[name] / _mean([r.seconds_per_epoch for r in results])
         for name, results in found.items()
@@ -70,11 +58,9 @@ def ratios(found: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> dict[s
     }
 
 
-def figures(found: dict[str, list[RunResult]], theirs: dict[str, Peer]) -> dict[str, float]:
-    """'<model>/<metric>': means over seeds of the test; 'rectools-<model>/<metric>'; '<model>/epoch_ratio'."""
+def figures(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> dict[str, float]:
+    """'<model>/<metric>': means over seeds of the test, and '<model>/epoch_ratio'."""
     out = {f"{name}/{m}": round(_mean([r.test[m] for r in rs]), 4) for name, rs in found.items() if rs for m in METRICS}
-    for name, peer in theirs.items():
-        out |= {f"rectools-{name}/{metric}": round(value, 4) for metric, value in (peer.test or {}).items()}
     return out | {f"{name}/epoch_ratio": round(ratio, 2) for name, ratio in ratios(found, theirs).items()}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.errors import BadInput
-from model.experiments import ml1m, ml1m_rectools, ml1m_report, stochastic_length_bench
+from model.experiments import ml1m, ml1m_rectools, stochastic_length_bench
 from model.experiments.ml1m_data import Histories, group_by_user, questions, read_histories, training_batches
 from model.experiments.ml1m_train import RunConfig, evaluate, logged_run
 from model.sequential import ItemHistories, NextItem
@@ -182,28 +182,12 @@ def test_ratings_that_cannot_be_read_are_refused(tmp_path: Path, text: str | Non
         read_histories(tmp_path)
 
 
-def test_the_other_library_gets_our_split_in_our_order(tmp_path: Path) -> None:
+def test_the_other_library_trains_on_our_training_items_alone(tmp_path: Path) -> None:
     data = read_histories(write_log(tmp_path))
-    ml1m_rectools.write_log(data, tmp_path / "log.csv")
-    rows = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1, dtype=np.int64)
-    assert len(rows) == sum(len(items) for items in data.items)
-    own = rows[rows[:, 0] == 3]
-    assert own[:, 1].tolist() == data.items[3].tolist() and own[-2:, 3].tolist() == [2, 1]
-    assert not own[:-2, 3].any()
-    assert (np.diff(own[:, 2]) > 0).all() and (own[:, 2] // 1_000_000).tolist() == data.times[3].tolist()
-
-
-def test_the_other_librarys_ranks_are_measured_as_ours(tmp_path: Path) -> None:
-    tested, timed = tmp_path / "tested.json", tmp_path / "timed.json"
-    tested.write_text(json.dumps({"name": "hstu", "seconds": 9.0, "ranks": [1, 3, 201, 60]}))
-    timed.write_text(json.dumps({"name": "hstu-large", "seconds": 20.0}))
-    peer = ml1m_rectools.read_peer(tested, 40)
-    assert peer.test is not None and peer.test["hr@10"] == 0.5 and peer.test["hr@200"] == 0.75
-    assert peer.test["ndcg@10"] == pytest.approx((1 + 0.5) / 4)
-    assert ml1m_rectools.read_peer(timed, 2).test is None
-    lines = ml1m_report.table({}, {"hstu": peer}).splitlines()
-    assert any(line.startswith("| RecTools HSTU 2x1 | 1 | 40 | .5000") for line in lines)
-    assert any("SASRec 2x1, quoted" in line for line in lines)
+    ml1m_rectools.write_training_log(data, tmp_path / "train.csv")
+    rows = np.loadtxt(tmp_path / "train.csv", delimiter=",", skiprows=1, dtype=np.int64)
+    assert len(rows) == sum(len(items) - 2 for items in data.items)
+    assert rows[rows[:, 0] == 3, 1].tolist() == data.items[3][:-2].tolist()
 
 
 def test_stochastic_length_leaves_the_held_out_items_and_the_order_alone(tmp_path: Path) -> None:

@@ -81,8 +81,9 @@ const struct {
     {"load", bench::bench_load},     {"files", bench::bench_files},   {"delta", bench::bench_delta},
 };
 
-// Touches as much memory as the largest variant holds, and keeps it in the process: what is measured is the tables, for
-// all of them alike, and not how fast this machine hands out pages (in a virtual machine, often slower than any table).
+// Touches as much memory as the largest variant holds, in huge pages, and keeps it in the process: what is measured is the
+// tables, for all of them alike, and not how fast this machine hands out pages (in a virtual machine, often slower than
+// any table).
 void warm_memory(const bench::Options& options) {
   mallopt(M_MMAP_MAX, 0);
   mallopt(M_TRIM_THRESHOLD, -1);
