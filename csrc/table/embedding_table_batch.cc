@@ -141,11 +141,12 @@ void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer, Secon
 
 void EmbeddingTable::keep_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept {
   if (config_.admission != Admission::kThreshold) return;  // there are no candidates that a snapshot could miss
-  SnapshotScan::CandidateKeeper keeper(snapshot_scan());
+  SnapshotScan* const scan = snapshot_scan();
+  if (scan == nullptr) return;
   if (newcomer.was_candidate) {
-    keeper.keep(id, newcomer.word);
+    scan->keep_candidate(id, newcomer.word);
   } else {
-    keeper.keep_none(id);
+    scan->keep_no_candidate(id);
   }
 }
 

@@ -44,7 +44,7 @@ EmbeddingTable::Erased EmbeddingTable::erase_keys(const std::vector<std::int64_t
       rows.keep(key, shard.floats(handle), shard.meta(handle));
       ++erased.rows;
     } else {
-      SnapshotScan::CandidateKeeper(snapshot_scan()).keep(key, shard.candidate(handle).word.load());
+      if (snapshot_scan() != nullptr) snapshot_scan()->keep_candidate(key, shard.candidate(handle).word.load());
       ++erased.candidates;
     }
     shard.erase(place, key, hash);
@@ -151,12 +151,9 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
     const Index::Place place = shard.index().locate(ids[i], hash);
     const Handle before = place.bucket != nullptr ? place.bucket->at(place.slot) : kAbsent;
     if (is_row(before)) continue;
-    SnapshotScan::CandidateKeeper keeper(snapshot_scan());
-    if (before != kAbsent) {
-      keeper.keep(ids[i], shard.candidate(before).word.load());
-    } else {
-      keeper.keep_none(ids[i]);
-    }
+    SnapshotScan* const scan = snapshot_scan();
+    if (scan != nullptr && before != kAbsent) scan->keep_candidate(ids[i], shard.candidate(before).word.load());
+    if (scan != nullptr && before == kAbsent) scan->keep_no_candidate(ids[i]);
     shard.reserve_changes(epoch(), 1);
     shard.put_candidate(place, ids[i], hash, words[i]);
     shard.dirty().note(ids[i]);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "initializer.h"
+#include "snapshot_scan.h"
 #include "table_test.h"
 
 namespace {
@@ -246,6 +247,32 @@ void test_incomplete_deltas_are_refused() {
   CHECK(table.export_delta(1).tombstones.empty());
 }
 
+// Blocks of a snapshot are used again for rows that training changes meanwhile, in batches of any size.
+void test_kept_rows_fill_few_blocks_that_say_where_their_rows_belong() {
+  TableConfig config = table_config();
+  config.dim = 64;
+  EmbeddingTable table(config);
+  const Ids ids = ids_from(0, 40000);
+  train(table, ids);
+  freshet::SnapshotScan scan(table);
+  std::vector<freshet::Block> blocks;
+  std::size_t trained = 0;
+  const auto in_small_batches = [&](std::size_t batches) {
+    for (const std::size_t end = trained + batches; trained < end; ++trained) train(table, {ids[trained * 37 % ids.size()]});
+  };
+  freshet::Block block;
+  in_small_batches(500);
+  for (int step = 0; scan.next(&block); ++step) {
+    blocks.push_back(block);
+    in_small_batches(500);
+    if (step == 2) train(table, ids_from(10000, 20000));
+  }
+  CHECK(trained >= 3000 && blocks.size() < 20);
+  EmbeddingTable restored(config);
+  restore(scan, blocks, restored);  // checks each row's bucket
+  CHECK(restored.size() == ids.size());
+}
+
 }  // namespace
 
 int main() {
@@ -264,6 +291,7 @@ int main() {
   test_ids_are_candidates_until_the_threshold();
   test_a_row_that_is_a_candidate_again_is_in_the_delta_as_erased_too();
   test_incomplete_deltas_are_refused();
+  test_kept_rows_fill_few_blocks_that_say_where_their_rows_belong();
   std::puts("embedding_table_test: all passed");
   return 0;
 }

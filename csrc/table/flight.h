@@ -37,7 +37,11 @@ FRESHET_INLINE void send_for(const void* p) noexcept {
 // `bytes` from p on; a row need not begin on a cache line.
 template <Intent intent>
 FRESHET_INLINE void send_for_all(const char* p, std::size_t bytes) noexcept {
-  for (std::size_t at = 0; at < bytes; at += kCacheLine) send_for<intent>(p + at);
+  if (intent == Intent::kWrite) {
+    prefetch_lines_for_write(p, bytes);
+  } else {
+    prefetch_lines(p, bytes);
+  }
   send_for<intent>(p + bytes - 1);
 }
 

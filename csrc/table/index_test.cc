@@ -2,8 +2,8 @@
 #include "index.h"
 
 #include <algorithm>
-#include <new>
 #include <atomic>
+#include <new>
 #include <random>
 #include <set>
 #include <thread>

@@ -15,6 +15,7 @@ namespace {
 constexpr std::size_t kTask = 1024;   // ids per task of a thread
 constexpr std::size_t kPooled = 128;  // rows of bags that are read before they are added up
 
+// What `fly` wants of a table with one index.
 struct Shelf {
   const Index& index_;
   const RowStore& rows_;

@@ -1,6 +1,7 @@
 #include "snapshot_scan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -97,37 +98,41 @@ SnapshotScan::~SnapshotScan() {
 void SnapshotScan::keep_row(std::int64_t key, const float* floats, RowMeta& meta, Block* block) noexcept {
   std::uint16_t before = meta.saved.load(std::memory_order_relaxed);
   if (before == number_ || !meta.saved.compare_exchange_strong(before, number_, std::memory_order_acq_rel)) return;
+  if (gave_up_) return;
   try {
-    if (block->keys.capacity() == 0) take_spare(block);
-    if (block->keys.size() == rows_per_block()) {
-      hand_over(block);
-      take_spare(block);
-    }
+    if (block->keys.size() == rows_per_block()) give_back(block);
+    if (block->keys.capacity() == 0) take_open(block);
     add(block, key, floats, meta);
   } catch (const std::bad_alloc&) {
     gave_up_ = true;  // training goes on; `next` reports it
   }
 }
 
-// An empty block with memory, preferably one that has been handed out and came back.
-void SnapshotScan::take_spare(Block* block) {
+// The block of an earlier batch that is not full yet, or an empty one, of rows from any bucket.
+void SnapshotScan::take_open(Block* block) {
   {
     const std::lock_guard<std::mutex> lock(saved_mutex_);
-    if (!spare_.empty()) {
-      std::swap(*block, spare_.back());
-      spare_.pop_back();
+    for (std::vector<Block>* from : {&open_, &spare_}) {
+      if (from->empty()) continue;
+      std::swap(*block, from->back());
+      from->pop_back();
+      break;
     }
   }
-  block->clear();
+  block->first_bucket = 0;
+  block->last_bucket = virtual_bucket(kLastHash);
   block->reserve(rows_per_block(), table_.config_.dim, table_.state_dim_);
 }
 
-void SnapshotScan::hand_over(Block* block) noexcept {
-  block->last_bucket = virtual_bucket(kLastHash);
+void SnapshotScan::give_back(Block* block) noexcept {
   try {
     const std::lock_guard<std::mutex> lock(saved_mutex_);
-    saved_.emplace_back();
-    std::swap(saved_.back(), *block);
+    if (block->keys.size() == rows_per_block()) {
+      saved_.emplace_back(std::move(*block));
+    } else {
+      open_.emplace_back(std::move(*block));
+    }
+    *block = Block();
   } catch (const std::bad_alloc&) {
     gave_up_ = true;
   }
@@ -135,6 +140,7 @@ void SnapshotScan::hand_over(Block* block) noexcept {
 
 void SnapshotScan::keep_word(std::int64_t key, std::uint64_t word) noexcept {
   try {
+    const std::lock_guard<std::mutex> lock(saved_mutex_);
     saved_candidates_.emplace(key, word);  // the first word stays: it is the one of the moment
   } catch (const std::bad_alloc&) {
     gave_up_ = true;
@@ -144,7 +150,7 @@ void SnapshotScan::keep_word(std::int64_t key, std::uint64_t word) noexcept {
 bool SnapshotScan::next(Block* block) {
   block->clear();
   if (scanned_ && !settled_) {
-    const std::lock_guard<std::mutex> writing(table_.write_mutex_);  // a batch under way hands over what it has kept
+    const std::lock_guard<std::mutex> writing(table_.write_mutex_);  // a batch under way gives back what it has kept
     settled_ = true;
   }
   if (gave_up_) {
@@ -152,7 +158,12 @@ bool SnapshotScan::next(Block* block) {
   }
   {
     const std::lock_guard<std::mutex> lock(saved_mutex_);
+    if (scanned_) {  // then the blocks that are not full, too
+      std::move(open_.begin(), open_.end(), std::back_inserter(saved_));
+      open_.clear();
+    }
     if (!saved_.empty()) {  // handed on as it is: nothing is copied under the lock
+      spare_.reserve(spare_.size() + 1);
       std::swap(*block, saved_.front());
       spare_.push_back(std::move(saved_.front()));
       saved_.pop_front();

@@ -56,13 +56,13 @@ class SnapshotScan {
   Epoch dropped_to() const noexcept { return dropped_to_; }
   std::size_t rows() const noexcept { return rows_; }
 
-  // The writer's side: keeps what it is about to change, as it is, until the end of its batch, where the scan gets it.
-  // Of a thread's own; rows cost no lock.
+  // The writer's side: keeps rows that it is about to change, as they are, for the scan to get. A thread's own for one
+  // batch, so that a row costs no lock; blocks are filled across batches.
   class RowKeeper {
    public:
     explicit RowKeeper(SnapshotScan* scan) noexcept : scan_(scan) {}  // nullptr: no snapshot is being taken
     ~RowKeeper() {
-      if (!kept_.keys.empty()) scan_->hand_over(&kept_);
+      if (!kept_.keys.empty()) scan_->give_back(&kept_);
     }
     RowKeeper(const RowKeeper&) = delete;
     RowKeeper& operator=(const RowKeeper&) = delete;
@@ -77,40 +77,18 @@ class SnapshotScan {
     Block kept_;
   };
 
-  // The same for candidates. Locks at the first one, until its own end: other writers and the scan wait meanwhile, and no
-  // RowKeeper may keep anything in this thread.
-  class CandidateKeeper {
-   public:
-    explicit CandidateKeeper(SnapshotScan* scan) noexcept : scan_(scan) {}
-    // Before a candidate is changed, removed or becomes a row.
-    void keep(std::int64_t key, std::uint32_t word) noexcept {
-      if (scan_ == nullptr) return;
-      lock();
-      scan_->keep_word(key, word);
-    }
-    // Before an id that is none becomes a candidate or a row.
-    void keep_none(std::int64_t key) noexcept {
-      if (scan_ == nullptr) return;
-      lock();
-      scan_->keep_word(key, kNone);
-    }
-
-   private:
-    void lock() noexcept {
-      if (!lock_.owns_lock()) lock_ = std::unique_lock<std::mutex>(scan_->saved_mutex_);
-    }
-
-    SnapshotScan* const scan_;
-    std::unique_lock<std::mutex> lock_;
-  };
+  // The writer, before a candidate is changed, removed or becomes a row.
+  void keep_candidate(std::int64_t key, std::uint32_t word) noexcept { keep_word(key, word); }
+  // Before an id that is none becomes a candidate or a row.
+  void keep_no_candidate(std::int64_t key) noexcept { keep_word(key, kNone); }
 
  private:
   static constexpr std::uint64_t kNone = ~std::uint64_t{0};
   static constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
 
   void keep_row(std::int64_t key, const float* floats, RowMeta& meta, Block* block) noexcept;
-  void take_spare(Block* block);
-  void hand_over(Block* block) noexcept;
+  void take_open(Block* block);
+  void give_back(Block* block) noexcept;
   void keep_word(std::int64_t key, std::uint64_t word) noexcept;
   void add(Block* block, std::int64_t key, const float* floats, const RowMeta& meta) const;
   void drop_last(Block* block) const;
@@ -136,7 +114,8 @@ class SnapshotScan {
   bool ended_ = false;
 
   std::mutex saved_mutex_;
-  std::deque<Block> saved_;
+  std::deque<Block> saved_;   // full
+  std::vector<Block> open_;   // not full, and in no writer's hands
   std::vector<Block> spare_;  // emptied by the scan, for the next rows to keep: fresh memory would cost page faults
   std::unordered_map<std::int64_t, std::uint64_t> saved_candidates_;  // words as of the moment; kNone: it was none
   std::atomic<bool> gave_up_{false};

@@ -9,11 +9,12 @@
 #include <iterator>
 #include <sstream>
 
+#include "../arena.h"
 #include "harness.h"
 
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
+using freshet::kHugePage;
 
 [[noreturn]] void usage(const char* wrong) {
   std::fprintf(stderr,
