@@ -73,21 +73,28 @@ void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradi
   });
 }
 
-// Adds the gradient of position i to the item's sum; the first addition brings the first occurrence with it.
-void EmbeddingTable::add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim) {
+// Adds the gradient of position i to the item's sum, which begins with that of the first occurrence.
+FRESHET_CLONES void EmbeddingTable::add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i,
+                                                 std::size_t dim) {
   const auto source = [&](std::size_t position) {
     return gradients.grads + (gradients.row != nullptr ? gradients.row[position] : position) * dim;
   };
   const auto scale = [&](std::size_t position) { return gradients.scale != nullptr ? gradients.scale[position] : 1.0F; };
-  if (item.sum == kNoSum) {
+  const bool begins = item.sum == kNoSum;
+  if (begins) {
     item.sum = static_cast<std::uint32_t>(group.sums.size() / dim);
-    const float* const first = source(item.position);
-    for (std::size_t j = 0; j < dim; ++j) group.sums.push_back(scale(item.position) * first[j]);
+    group.sums.resize(group.sums.size() + dim);
+  }
+  float* __restrict const sum = group.sums.data() + item.sum * dim;
+  if (begins) {
+    const float* const gradient = source(item.position);
+    const float by = scale(item.position);
+    for (std::size_t j = 0; j < dim; ++j) sum[j] = by * gradient[j];
     if (item.position == i) return;
   }
-  float* const sum = group.sums.data() + item.sum * dim;
   const float* const gradient = source(i);
-  for (std::size_t j = 0; j < dim; ++j) sum[j] += scale(i) * gradient[j];
+  const float by = scale(i);
+  for (std::size_t j = 0; j < dim; ++j) sum[j] += by * gradient[j];
 }
 
 // Whether an id without a row gets one now.

@@ -34,22 +34,11 @@ FRESHET_INLINE void send_for(const void* p) noexcept {
   }
 }
 
-// `bytes` from p on; a row need not begin on a cache line.
-template <Intent intent>
-FRESHET_INLINE void send_for_all(const char* p, std::size_t bytes) noexcept {
-  if (intent == Intent::kWrite) {
-    prefetch_lines_for_write(p, bytes);
-  } else {
-    prefetch_lines(p, bytes);
-  }
-  send_for<intent>(p + bytes - 1);
-}
-
 template <Intent intent, typename Shelf>
 FRESHET_INLINE char* send_for_row(const RowLayout& layout, const Shelf& shelf, Handle handle, std::size_t bytes) noexcept {
   const RowLayout::Place place = shelf.rows().place_of(layout, handle);
-  send_for_all<intent>(layout.row(place), bytes);
-  if (intent == Intent::kWrite) send_for_all<intent>(layout.header(place), sizeof(RowMeta));
+  prefetch_lines(layout.row(place), bytes);
+  if (intent == Intent::kWrite) prefetch_lines(layout.header(place), sizeof(RowMeta));
   return layout.row(place);
 }
 
@@ -134,8 +123,8 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
       const auto row = reinterpret_cast<std::uintptr_t>(layout.row(place)) & there;
       rows[at] = reinterpret_cast<char*>(row);
       const char* const next = reinterpret_cast<const char*>(row | (reinterpret_cast<std::uintptr_t>(buckets[at].second) & ~there));
-      send_for_all<intent>(next, row_bytes);
-      if (intent == Intent::kWrite) send_for_all<intent>(layout.header(place), sizeof(RowMeta));
+      prefetch_lines(next, row_bytes);
+      if (intent == Intent::kWrite) prefetch_lines(layout.header(place), sizeof(RowMeta));
     }
   }
   search_aside();

@@ -130,7 +130,7 @@ class RowStore {
     if (!free_.empty() || end_ + kAhead >= capacity_) return;
     const RowLayout::Place place = place_of(layout_, end_ + kAhead);
     prefetch_write(layout_.header(place));
-    prefetch_lines_for_write(layout_.row(place), layout_.stride);
+    prefetch_lines(layout_.row(place), layout_.stride);
   }
 
  private:

@@ -22,12 +22,6 @@ const ServingConfig& checked(const ServingConfig& c) {
   return c;
 }
 
-// Rows of an odd width need not begin on a cache line.
-FRESHET_INLINE void prefetch_row_for_write(const char* row, std::size_t bytes) noexcept {
-  const std::size_t before = reinterpret_cast<std::uintptr_t>(row) % kCacheLine;
-  prefetch_lines_for_write(row - before, before + bytes);
-}
-
 }  // namespace
 
 ServingTable::ServingTable(const ServingConfig& config)
@@ -69,7 +63,7 @@ void ServingTable::prefetch(std::size_t from, std::size_t to, const KeyAt& key_a
   for (std::size_t i = from; i < to; ++i) prefetch_write(index_.places(hash_id(key_at(i))).home);
   for (std::size_t i = from; i < to; ++i) {
     const Handle handle = index_.places(hash_id(key_at(i))).home->find(key_at(i));
-    if (handle != kAbsent) prefetch_row_for_write(store_.row(handle), codec_.row_bytes());
+    if (handle != kAbsent) prefetch_lines(store_.row(handle), codec_.row_bytes());
   }
 }
 

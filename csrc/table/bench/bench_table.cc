@@ -88,7 +88,7 @@ const struct {
 void warm_memory(const bench::Options& options) {
   mallopt(M_MMAP_MAX, 0);
   mallopt(M_TRIM_THRESHOLD, -1);
-  const std::size_t bytes = 3 * options.rows * 2 * options.dim * sizeof(float);
+  const std::size_t bytes = 4 * options.rows * 2 * options.dim * sizeof(float);
   void* const memory = std::malloc(bytes);
   if (memory == nullptr) throw std::bad_alloc();
   const auto start = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;

@@ -9,7 +9,7 @@
 #include "our_table.h"
 #include "peers_absl.h"
 #include "peers_cuckoo.h"
-#include "peers_gather.h"
+#include "peers_known_rows.h"
 
 namespace bench {
 namespace {
@@ -65,7 +65,7 @@ void bench_lookup(const Options& options) {
   OurTable ours(options.dim, OptimizerKind::kSgd);
   CuckooTable cuckoo(options.dim, 0, options.rows);
   AbslWriter absl_table(options.dim, 0, options.rows);
-  const GatherTable gather(options.rows, options.dim);
+  const KnownRows known(options.rows, options.dim, 0);
   fill(ours, options.rows, options.batch, options.dim);
   fill(cuckoo, options.rows, options.batch, options.dim);
   fill(absl_table, options.rows, options.batch, options.dim);
@@ -84,9 +84,9 @@ void bench_lookup(const Options& options) {
     add(cuckoo, threads);
     add(absl_table, threads);
     const auto run = [&, threads](const std::int64_t*, const std::uint32_t* rows, std::size_t n) {
-      gather.gather(rows, n, out.data(), threads);
+      known.gather(rows, n, out.data(), threads);
     };
-    variants.push_back({gather.kName, threads, run});
+    variants.push_back({KnownRows::kGather, threads, run});
   }
   for (const bool zipf : {false, true}) interleave(options, "lookup", make_batches(options, zipf), variants);
   if (missing != 0) {
@@ -99,6 +99,7 @@ void bench_update(const Options& options) {
   OurTable ours(options.dim, OptimizerKind::kAdagrad);
   CuckooTable cuckoo(options.dim, options.dim, options.rows);
   AbslWriter absl_table(options.dim, options.dim, options.rows);
+  KnownRows known(options.rows, options.dim, options.dim);
   fill(ours, options.rows, options.batch, options.dim);
   fill(cuckoo, options.rows, options.batch, options.dim);
   fill(absl_table, options.rows, options.batch, options.dim);
@@ -121,6 +122,9 @@ void bench_update(const Options& options) {
   }
   variants.push_back({AbslTable::kName, 1, [&](const std::int64_t* keys, const std::uint32_t*, std::size_t n) {
                         absl_table.apply_gradients(keys, n, gradients.data(), kLearningRate);
+                      }});
+  variants.push_back({KnownRows::kUpdate, 1, [&](const std::int64_t*, const std::uint32_t* rows, std::size_t n) {
+                        known.adagrad(rows, n, gradients.data(), kLearningRate);
                       }});
   for (const bool zipf : {false, true}) interleave(options, "update", make_batches(options, zipf), variants);
 }

@@ -1,0 +1,74 @@
+// The ceilings: rows whose number is known, with prefetch and nothing else. What a table does beyond that is its price.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+#include "peer_slab.h"
+
+namespace bench {
+
+inline constexpr std::size_t kRowsAhead = 32;  // rows prefetched ahead of the one at hand
+
+// Calls visit(i, row) for i in [begin, end), with the rows' `floats` on their way.
+template <typename Visit>
+FRESHET_INLINE void for_each_row(float* table, std::size_t floats, const std::uint32_t* rows, std::size_t begin,
+                                 std::size_t end, const Visit& visit) {
+  const auto send = [&](std::size_t i) __attribute__((always_inline)) {
+    freshet::prefetch_lines(table + rows[i] * floats, floats * sizeof(float));
+  };
+  for (std::size_t i = begin; i < std::min(begin + kRowsAhead, end); ++i) send(i);
+  for (std::size_t i = begin; i < end; ++i) {
+    if (i + kRowsAhead < end) send(i + kRowsAhead);
+    visit(i, table + rows[i] * floats);
+  }
+}
+
+FRESHET_CLONES inline void gather_part(float* table, std::size_t dim, const std::uint32_t* rows, std::size_t begin,
+                                       std::size_t end, float* out) {
+  for_each_row(table, dim, rows, begin, end, [=](std::size_t i, const float* row) __attribute__((always_inline)) {
+    freshet::copy_words(row, dim * sizeof(float), out + i * dim);
+  });
+}
+
+FRESHET_CLONES inline void adagrad_part(float* table, std::size_t dim, const std::uint32_t* rows, std::size_t n,
+                                        const float* gradients, float lr) {
+  const freshet::OptimizerConfig config;
+  for_each_row(table, 2 * dim, rows, 0, n, [=](std::size_t i, float* row) __attribute__((always_inline)) {
+    freshet::adagrad(config, dim, lr, gradients + i * dim, row, row + dim);
+  });
+}
+
+// dim must be a multiple of 16: whole cache lines.
+class KnownRows {
+ public:
+  static constexpr const char* kGather = "gather";
+  static constexpr const char* kUpdate = "known rows";
+
+  KnownRows(std::size_t rows, std::size_t dim, std::size_t state_dim)
+      : dim_(dim), table_(reinterpret_cast<float*>(allocate_huge(rows * (dim + state_dim) * sizeof(float)))) {
+    for (std::size_t i = 0; i < rows * (dim + state_dim); ++i) table_[i] = static_cast<float>(i % 1024);
+  }
+  ~KnownRows() { std::free(table_); }
+  KnownRows(const KnownRows&) = delete;
+  KnownRows& operator=(const KnownRows&) = delete;
+
+  // Without state.
+  void gather(const std::uint32_t* rows, std::size_t n, float* out, std::size_t threads) const {
+    freshet::parallel_for(threads, threads, [&](std::size_t part) {
+      gather_part(table_, dim_, rows, n * part / threads, n * (part + 1) / threads, out);
+    });
+  }
+  // With as much state as weights. One thread: equal rows follow each other.
+  void adagrad(const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
+    adagrad_part(table_, dim_, rows, n, gradients, lr);
+  }
+
+ private:
+  const std::size_t dim_;
+  float* const table_;
+};
+
+}  // namespace bench
