@@ -11,28 +11,20 @@ import torch
 from torch import Tensor
 
 from model._native import freshet_attention
-from model.attention_bias import TIME_BOUNDARIES, TIME_BUCKETS, Bias
+from model.attention_bias import TIME_BOUNDARIES, Bias
 from model.attention_visibility import Visibility
+from model.operators import Context, attention_gradients, bias_arguments, present, save_inputs, saved_inputs
 
 
 def attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, alpha: float, normaliser: float, bias: Bias | None = None
 ) -> Tensor:
     """q (R, H, dqk), k (T, H, dqk), v (T, H, dv) -> (R, H, dv). See model.attention.attention, which checks."""
-    position = time = query_time = key_time = self_gap = None
-    if bias is not None:
-        position, time = _float(bias.position_weights), _float(bias.time_weights)
-        if time is not None:
-            query_time, key_time, self_gap = bias.query_time, bias.key_time, bias.self_gap
     out: Tensor = hstu_attention(
-        q, k, v, seen.offsets, seen.first_row, seen.begin, seen.end, seen.prefix, alpha, normaliser,
-        position, time, query_time, key_time, self_gap,
+        q, k, v, seen.offsets, seen.first_row, seen.begin, seen.end, seen.prefix,
+        alpha, normaliser, *bias_arguments(bias),
     )  # fmt: skip
     return out
-
-
-def _float(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.float()
 
 
 @torch.library.custom_op("freshet::hstu_attention", mutates_args=())
@@ -84,7 +76,7 @@ def hstu_attention_backward(
     self_gap: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, position_weights and time_weights; of shape (0,) for weights that are not there."""
-    out = _empty_gradients(q, k, v, position_weights, time_weights)
+    out = attention_gradients(q, k, v, position_weights, time_weights)
     with _Arguments() as held:
         inputs = held.inputs(
             q, k, v, offsets, row_offsets, begin, end, prefix, alpha, normaliser,
@@ -146,20 +138,6 @@ class _Arguments:
         return found
 
 
-def _empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, position_weights: Tensor | None, time_weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    positions = 0 if position_weights is None else len(position_weights)
-    weights = torch.float32
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(positions, dtype=weights),
-        q.new_empty(0 if time_weights is None else TIME_BUCKETS, dtype=weights),
-    )
-
-
 @hstu_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return v.new_empty(q.shape[0], v.shape[1], v.shape[2])
@@ -167,24 +145,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 
 @hstu_attention_backward.register_fake
 def _(y_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    position_weights, time_weights = rest[7], rest[8]
-    assert position_weights is None or isinstance(position_weights, Tensor)
-    assert time_weights is None or isinstance(time_weights, Tensor)
-    return _empty_gradients(q, k, v, position_weights, time_weights)
+    return attention_gradients(q, k, v, rest[7], rest[8])
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.layout = [None if isinstance(value, Tensor) else (value,) for value in inputs]  # type: ignore[attr-defined]
+def _backward(ctx: Context, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = saved_inputs(ctx)
+    q, k, v, *weights = hstu_attention_backward(y_gradient, *inputs)
+    return q, k, v, *[None] * 7, *present(weights, inputs[10:12]), None, None, None
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = iter(ctx.saved_tensors)  # type: ignore[attr-defined]
-    inputs = [next(tensors) if known is None else known[0] for known in ctx.layout]  # type: ignore[attr-defined]
-    q, k, v, position, time = hstu_attention_backward(y_gradient, *inputs)
-    rest = [None] * 7
-    has_position, has_time = inputs[10] is not None, inputs[11] is not None
-    return q, k, v, *rest, position if has_position else None, time if has_time else None, None, None, None
-
-
-hstu_attention.register_autograd(_backward, setup_context=_setup_context)
+hstu_attention.register_autograd(_backward, setup_context=save_inputs)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from components.errors import BadInput
-from model.attention_bias import TIME_BUCKETS, Bias
+from model.attention_bias import Bias
 from model.attention_visibility import Visibility
+from model.operators import Context, attention_gradients, bias_arguments, present, save_inputs, saved_inputs
 from model.triton.launch import (
     MOST_WIDTH,
     block_size,
@@ -41,21 +42,12 @@ def attention_triton(
             f"the triton attention kernel takes heads of up to {MOST_WIDTH}; got {q.shape[2]} and {v.shape[2]}: "
             "use more heads, or kernel='reference'"
         )
-    position = time = query_time = key_time = self_gap = None
-    if bias is not None:
-        position, time = _float(bias.position_weights), _float(bias.time_weights)
-        if time is not None:
-            query_time, key_time, self_gap = bias.query_time, bias.key_time, bias.self_gap
     row_tiles, key_tiles = _tiles(seen, len(k), block_size(q.dtype, q.shape[2], v.shape[2]))
     out: Tensor = hstu_attention_triton(
         q, k, v, seen.offsets, seen.first_row, seen.begin, seen.end, seen.prefix, row_tiles, key_tiles,
-        alpha, normaliser, position, time, query_time, key_time, self_gap,
+        alpha, normaliser, *bias_arguments(bias),
     )  # fmt: skip
     return out
-
-
-def _float(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.float()
 
 
 def _tiles(seen: Visibility, keys: int, block: int) -> tuple[Tensor, Tensor]:
@@ -136,25 +128,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 
 @hstu_attention_triton_backward.register_fake
 def _(y_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    position, time = rest[9], rest[10]
-    positions = len(position) if isinstance(position, Tensor) else 0
-    buckets = TIME_BUCKETS if isinstance(time, Tensor) else 0
-    gradients = (x.new_empty(x.shape) for x in (q, k, v))
-    return (*gradients, *(q.new_empty(size, dtype=torch.float32) for size in (positions, buckets)))
+    return attention_gradients(q, k, v, rest[9], rest[10])
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.layout = [None if isinstance(value, Tensor) else (value,) for value in inputs]  # type: ignore[attr-defined]
+def _backward(ctx: Context, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = saved_inputs(ctx)
+    q, k, v, *weights = hstu_attention_triton_backward(y_gradient, *inputs)
+    return q, k, v, *[None] * 9, *present(weights, inputs[12:14]), None, None, None
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = iter(ctx.saved_tensors)  # type: ignore[attr-defined]
-    inputs = [next(tensors) if known is None else known[0] for known in ctx.layout]  # type: ignore[attr-defined]
-    q, k, v, position, time = hstu_attention_triton_backward(y_gradient, *inputs)
-    rest = [None] * 9
-    has_position, has_time = inputs[12] is not None, inputs[13] is not None
-    return q, k, v, *rest, position if has_position else None, time if has_time else None, None, None, None
-
-
-hstu_attention_triton.register_autograd(_backward, setup_context=_setup_context)
+hstu_attention_triton.register_autograd(_backward, setup_context=save_inputs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from components.errors import BadInput
 from model._native import freshet_attention
+from model.operators import Context, present, save_inputs, saved_inputs
 
 GATES = ("product", "concat", "concat_raw")
 """u * n, [u, n, u * n] and [u, a, u * n], with n = norm(a)."""
@@ -217,31 +218,17 @@ def _(y: Tensor, x: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(_like(*inputs[:6]))
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: object) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.layout = [None if isinstance(value, Tensor) else (value,) for value in inputs]  # type: ignore[attr-defined]
-
-
-def _saved(ctx: torch.autograd.function.FunctionCtx) -> list:
-    tensors = iter(ctx.saved_tensors)  # type: ignore[attr-defined]
-    return [next(tensors) if known is None else known[0] for known in ctx.layout]  # type: ignore[attr-defined]
-
-
-def _present(gradients: tuple[Tensor, ...], inputs: list) -> list[Tensor | None]:
-    return [None if given is None else gradient for gradient, given in zip(gradients, inputs, strict=True)]
-
-
-def _project_backward(ctx: torch.autograd.function.FunctionCtx, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs = _saved(ctx)
+def _project_backward(ctx: Context, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs = saved_inputs(ctx)
     x, sizes = inputs[0], inputs[5]
     given = [x.new_zeros(len(x), n) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-    return *_present(hstu_project_backward(*given, *inputs), inputs[:5]), None, None, None
+    return *present(hstu_project_backward(*given, *inputs), inputs[:5]), None, None, None
 
 
-def _finish_backward(ctx: torch.autograd.function.FunctionCtx, y: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = _saved(ctx)
-    return y, *_present(hstu_finish_backward(y, *inputs), inputs[1:7]), None, None, None, None
+def _finish_backward(ctx: Context, y: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = saved_inputs(ctx)
+    return y, *present(hstu_finish_backward(y, *inputs), inputs[1:7]), None, None, None, None
 
 
-hstu_project.register_autograd(_project_backward, setup_context=_save)
-hstu_finish.register_autograd(_finish_backward, setup_context=_save)
+hstu_project.register_autograd(_project_backward, setup_context=save_inputs)
+hstu_finish.register_autograd(_finish_backward, setup_context=save_inputs)
