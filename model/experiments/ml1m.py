@@ -9,8 +9,8 @@ and validation items (in validation: minus the training items).
 
 Each file of configs/ml1m is one model. Runs leave a log each under --logs, and finished ones are read from there: an
 interrupted command goes on where it was. With --rectools the library RecTools is installed into an environment of its
-own there, and the seconds of its epochs on the same training data and threads are measured. Prints a Markdown table;
-the last line is `RESULT {json}`.
+own there, and its models of the same sizes are trained, stopped and tested in the same way (one seed each; they go on
+after their last epoch where they were interrupted). Prints Markdown tables; the last line is `RESULT {json}`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.console import Console
 from components.errors import BadInput
 from model.experiments import ml1m_report as report
 from model.experiments.ml1m_data import Histories, read_histories
-from model.experiments.ml1m_rectools import seconds_per_epoch
+from model.experiments.ml1m_rectools import measure
 from model.experiments.ml1m_train import RunConfig, RunResult, logged_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ml1m"
@@ -82,14 +82,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
     parser.add_argument("--logs", type=Path, default=Path(".freshet/bench-ml1m"), help="folder of the logs")
     parser.add_argument("--plot", type=Path, help="picture of validation NDCG@10 by epoch to write")
-    parser.add_argument("--rectools", action="store_true", help="measure the epochs of RecTools too (installs it)")
+    parser.add_argument("--rectools", action="store_true", help="train and test RecTools too (installs it)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     data = read_histories(options.data)
     entries = {name: read_entry(options.configs / f"{name}.toml") for name in options.only.split(",")}
     found = run_all(data, entries, options.seeds, options.logs, Console(stderr=True))
-    theirs = seconds_per_epoch(data, options.logs, options.threads, found) if options.rectools else {}
-    print(report.table({entries[name].title: results for name, results in found.items()}))
+    configs = {name: entry.run for name, entry in entries.items()} if options.rectools else {}
+    theirs = measure(data, configs, options.logs, options.threads)
+    print(report.table({entries[name].title: results for name, results in found.items()}, theirs))
     print(report.speed(found, theirs))
     if options.plot:
         report.plot({entries[name].title: options.logs / f"{name}-seed0.jsonl" for name in found}, options.plot)

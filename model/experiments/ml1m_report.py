@@ -11,19 +11,24 @@ from matplotlib.figure import Figure
 from model.experiments.ml1m_train import CUTS, RunResult
 
 METRICS = tuple(f"{name}@{k}" for k in CUTS for name in ("hr", "ndcg"))
+TITLES = {"hstu": "RecTools HSTU 2x1", "hstu-large": "RecTools HSTU-large 8x2", "sasrec": "RecTools SASRec 2x1"}
 QUOTED_SECONDS = {"hstu": 24.0, "sasrec": 26.0, "hstu-large": 46.5}
 """RecTools 0.19 on 2,999 users, batches of 32, softmax over the catalogue, 2 threads of a 2-core machine."""
 QUOTED_QUALITY = {
-    "RecTools HSTU 2x1, one seed, quoted": {"hr@10": 0.314, "ndcg@10": 0.182, "hr@50": 0.557, "hr@200": 0.758},
-    "RecTools SASRec 2x1, one seed, quoted": {"hr@10": 0.268, "ndcg@10": 0.156},
+    "hstu": {"hr@10": 0.314, "ndcg@10": 0.182, "hr@50": 0.557, "hr@200": 0.758},
+    "sasrec": {"hr@10": 0.268, "ndcg@10": 0.156},
 }
-"""RecTools 0.19 on the same users and split, candidates minus training and validation items."""
+"""RecTools 0.19 on the same users and split, candidates minus training and validation items, one seed."""
 
 
-def table(rows: dict[str, list[RunResult]]) -> str:
-    """Markdown: test metrics per model, the mean over seeds and, where there are several, their standard deviation."""
+def table(rows: dict[str, list[RunResult]], theirs: dict[str, RunResult]) -> str:
+    """Markdown: test metrics per model, the mean over seeds and, where there are several, their standard deviation.
+
+    rows: ours by title; theirs: RecTools' by name of our config, quoted where they were not measured.
+    """
     heads = ["model", "seeds", "best epoch", *(name.upper() for name in METRICS), "s / epoch", "events / s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = rows | {TITLES[name]: [result] for name, result in theirs.items()}
     for name, results in rows.items():
         if not results:
             continue
@@ -33,12 +38,13 @@ def table(rows: dict[str, list[RunResult]]) -> str:
         cells += [f"{_mean([r.events_per_second for r in results]):,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     for name, metrics in QUOTED_QUALITY.items():
-        quoted = [_short(metrics[metric]) if metric in metrics else "" for metric in METRICS]
-        lines.append("| " + " | ".join([name, "1", "", *quoted, "", ""]) + " |")
+        if name not in theirs:
+            quoted = [_short(metrics[metric]) if metric in metrics else "" for metric in METRICS]
+            lines.append("| " + " | ".join([f"{TITLES[name]}, quoted", "1", "", *quoted, "", ""]) + " |")
     return "\n".join(lines)
 
 
-def speed(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> str:
+def speed(found: dict[str, list[RunResult]], theirs: dict[str, RunResult]) -> str:
     """Markdown: seconds per epoch beside RecTools', measured here or quoted."""
     lines = ["| model | ours | RecTools | ratio | |", "|---|---|---|---|---|"]
     for name, ratio in ratios(found, theirs).items():
@@ -48,9 +54,9 @@ def speed(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def ratios(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> dict[str, float]:
+def ratios(found: dict[str, list[RunResult]], theirs: dict[str, RunResult]) -> dict[str, float]:
     """Their seconds per epoch over ours, by name."""
-    known = QUOTED_SECONDS | theirs
+    known = QUOTED_SECONDS | {name: result.seconds_per_epoch for name, result in theirs.items()}
     return {
         name: known[name] / _mean([r.seconds_per_epoch for r in results])
         for name, results in found.items()
@@ -58,10 +64,19 @@ def ratios(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> dict[
     }
 
 
-def figures(found: dict[str, list[RunResult]], theirs: dict[str, float]) -> dict[str, float]:
-    """'<model>/<metric>': means over seeds of the test, and '<model>/epoch_ratio'."""
-    out = {f"{name}/{m}": round(_mean([r.test[m] for r in rs]), 4) for name, rs in found.items() if rs for m in METRICS}
-    return out | {f"{name}/epoch_ratio": round(ratio, 2) for name, ratio in ratios(found, theirs).items()}
+def figures(found: dict[str, list[RunResult]], theirs: dict[str, RunResult]) -> dict[str, float]:
+    """'<model>/<metric>' and 'rectools-<model>/<metric>': the test, mean over seeds; '<model>/epoch_ratio'.
+
+    With RecTools, 'best/ndcg@10_gain' and 'best/ndcg@10_ratio': of our best model over its best one.
+    """
+    rows = found | {f"rectools-{name}": [result] for name, result in theirs.items()}
+    out = {f"{name}/{m}": round(_mean([r.test[m] for r in rs]), 4) for name, rs in rows.items() if rs for m in METRICS}
+    out |= {f"{name}/epoch_ratio": round(ratio, 2) for name, ratio in ratios(found, theirs).items()}
+    if not theirs:
+        return out
+    ours = max(_mean([r.test["ndcg@10"] for r in results]) for results in found.values() if results)
+    best = max(result.test["ndcg@10"] for result in theirs.values())
+    return out | {"best/ndcg@10_gain": round(ours - best, 4), "best/ndcg@10_ratio": round(ours / best, 3)}
 
 
 def plot(logs: dict[str, Path], path: Path) -> None:

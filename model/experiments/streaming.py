@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from model.experiments.streaming_data import Int64s, StreamShape, best_hit_rates, make_stream
+from model.experiments.streaming_data import Int64s, Reading, StreamShape, best_hit_rates, make_stream
 from model.losses import catalogue_cross_entropy
 from model.metrics import hit_rate
 from model.sequential import ItemHistories, NextItem, SequentialConfig
@@ -82,7 +83,7 @@ def test(model: NextItem, stream: Int64s, shape: StreamShape) -> dict[str, float
         vectors = model(histories).unflatten(0, wanted.shape)[:, late:].flatten(0, 1)
         scores = vectors @ model.item_vectors()[: shape.available(record)].T
         own = scores.gather(1, wanted[:, late:].reshape(-1, 1))
-        if shape.distinct:
+        if shape.reading == "distinct":
             scores.masked_fill_(_had(histories, wanted.shape, late, scores.shape[1]), float("-inf"))
             scores.scatter_(1, wanted[:, late:].reshape(-1, 1), own)  # of a category that has run out
         ranks.append((scores >= own).sum(1).numpy())
@@ -132,13 +133,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=shape.items)
     parser.add_argument("--categories", type=int, default=shape.categories)
     parser.add_argument("--length", type=int, default=shape.length)
-    parser.add_argument("--distinct", action="store_true", help="no item twice in a record; not in the paper's recipe")
+    parser.add_argument("--reading", choices=get_args(Reading), default=shape.reading, help="see streaming_data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
     parser.add_argument("--plot", type=Path, help="picture of the losses to write")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    shape = StreamShape(options.items, options.categories, options.records, options.length, distinct=options.distinct)
+    shape = StreamShape(options.items, options.categories, options.records, options.length, reading=options.reading)
     stream = make_stream(shape, options.seed)
     losses, found = {}, {}
     for name in MODELS:

@@ -5,18 +5,22 @@ item is drawn, with probability alpha / (alpha + n - 1), from a category by H, e
 often the record has seen it; then uniformly among the items of that category that are available by then. So the next
 item follows from how often categories came: from an intensity, not from a pattern.
 
-`distinct` is not in the recipe: no item comes twice in a record, and what a record has had is no candidate for what
-comes next. `best_hit_rates` is what somebody who knows all categories reaches.
+Two other readings, not in the recipe. `distinct`: no item comes twice in a record, and what a record has had is no
+candidate for what comes next. `repeats`: a draw that is not from H repeats one of the record's items, each in
+proportion to how often it came, where the recipe would draw another item of its category.
+`best_hit_rates` is what somebody who knows all categories reaches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int64s = NDArray[np.int64]
+Reading = Literal["recipe", "distinct", "repeats"]
 MOST_CATEGORIES = 5
 AVAILABLE_AT_START = 0.4
 
@@ -30,7 +34,7 @@ class StreamShape:
     records: int = 20_000
     length: int = 128
     test_share: float = 0.1
-    distinct: bool = False
+    reading: Reading = "recipe"
 
     def available(self, record: int) -> int:
         """How many items there are when a record is made: items are released in the order of their ids."""
@@ -53,7 +57,10 @@ def make_stream(shape: StreamShape, seed: int) -> Int64s:
     prior = np.where(used, random.exponential(size=used.shape), 0.0)
     prior /= prior.sum(1, keepdims=True)
     alpha = random.uniform(1.0, 500.0, shape.records)
-    chosen = _categories(random, prior, alpha, shape.length)
+    if shape.reading == "repeats":
+        chosen = _fresh_categories(random, prior, shape.length)
+    else:
+        chosen = _categories(random, prior, alpha, shape.length)
     out = np.zeros(chosen.shape, dtype=np.int64)
     for record in range(shape.records):
         available = shape.available(record)
@@ -61,8 +68,8 @@ def make_stream(shape: StreamShape, seed: int) -> Int64s:
             own = members[order[record, column]]
             own = own[: max(int(np.searchsorted(own, available)), 1)]  # one that has none yet offers its first item
             places = chosen[record] == column
-            out[record, places] = _draw(random, own, int(places.sum()), shape.distinct)
-    return out
+            out[record, places] = _draw(random, own, int(places.sum()), shape.reading == "distinct")
+    return _repeat(random, out, alpha) if shape.reading == "repeats" else out
 
 
 def item_categories(random: np.random.Generator, shape: StreamShape) -> list[Int64s]:
@@ -93,25 +100,52 @@ def _categories(
     return out
 
 
-def best_hit_rates(stream: Int64s, shape: StreamShape, seed: int, cuts: tuple[int, ...]) -> dict[str, float]:
-    """hr@k in the second half of the test records of who knows each item's category and puts the most frequent first.
+def _fresh_categories(random: np.random.Generator, prior: NDArray[np.float64], length: int) -> Int64s:
+    """(records, length): columns of the prior, each draw for itself."""
+    edges = prior.cumsum(1)
+    drawn = random.random((len(prior), length, 1)) >= edges[:, None, :]
+    return np.minimum(drawn.sum(2), prior.shape[1] - 1)
 
-    The expectation over the draw of the item within its category: what no model passes by much.
+
+def _repeat(random: np.random.Generator, fresh: Int64s, alpha: NDArray[np.float64]) -> Int64s:
+    """fresh, but item n (from 0) is kept with probability alpha / (alpha + n) alone; else a copy of one before it."""
+    out = fresh.copy()
+    for n in range(1, fresh.shape[1]):
+        again = random.random(len(fresh)) >= alpha / (alpha + n)
+        place = random.integers(0, n, len(fresh))
+        out[again, n] = out[again, place[again]]
+    return out
+
+
+def best_hit_rates(stream: Int64s, shape: StreamShape, seed: int, cuts: tuple[int, ...]) -> dict[str, float]:
+    """hr@k in the second half of the test records of who knows each item's category.
+
+    Puts the most frequent category first, with `repeats` the most frequent items before all others: the expectation
+    over the order among equals, what no model passes by much.
     """
-    members = item_categories(np.random.default_rng(seed), shape)
     category = np.zeros(shape.items, dtype=np.int64)
+    members = item_categories(np.random.default_rng(seed), shape)
     for number, own in enumerate(members):
         category[own] = number
     found: dict[int, list[float]] = {k: [] for k in cuts}
     for record in range(shape.first_test, shape.records):
-        kinds, available = category[stream[record]], shape.available(record)
-        sizes = np.array([np.searchsorted(own, available) for own in members])
+        sizes = np.array([np.searchsorted(own, shape.available(record)) for own in members])
         for n in range(shape.length // 2, shape.length):
-            counts = np.bincount(kinds[:n], minlength=shape.categories)
-            left = np.maximum(sizes - counts, 1) if shape.distinct else np.maximum(sizes, 1)
-            before = left[
-                (counts > counts[kinds[n]]) | ((counts == counts[kinds[n]]) & (np.arange(len(counts)) < kinds[n]))
-            ]
+            before, equals = _ahead(stream[record, : n + 1], category, sizes, shape.reading)
             for k in cuts:
-                found[k].append(float(np.clip((k - before.sum()) / left[kinds[n]], 0.0, 1.0)))
+                found[k].append(float(np.clip((k - before) / equals, 0.0, 1.0)))
     return {f"hr@{k}": float(np.mean(values)) for k, values in found.items()}
+
+
+def _ahead(record: Int64s, category: Int64s, sizes: Int64s, reading: Reading) -> tuple[int, int]:
+    """How many items the best order puts before the record's last one, and among how many equals it is."""
+    *_, item = record
+    items, times = np.unique(record[:-1], return_counts=True)
+    if reading == "repeats" and item in items:
+        own = times[items == item][0]
+        return int((times > own).sum()), int((times == own).sum())
+    counts = np.bincount(category[record[:-1]], minlength=len(sizes))
+    had = np.bincount(category[items], minlength=len(sizes)) if reading != "recipe" else 0
+    left, kind = np.maximum(sizes - had, 1), category[item]
+    first = (counts > counts[kind]) | ((counts == counts[kind]) & (np.arange(len(counts)) < kind))
+    return int(left[first].sum()) + (len(items) if reading == "repeats" else 0), int(left[kind])

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.experiments import streaming
-from model.experiments.streaming_data import MOST_CATEGORIES, StreamShape, best_hit_rates, make_stream
+from model.experiments.streaming_data import (
+    MOST_CATEGORIES,
+    Reading,
+    StreamShape,
+    _repeat,
+    best_hit_rates,
+    make_stream,
+)
 
 SHAPE = StreamShape(items=400, categories=20, records=600, length=64)
 
@@ -31,20 +38,43 @@ def test_a_record_has_at_most_five_categories_and_some_have_one() -> None:
     assert kinds.max() <= MOST_CATEGORIES and 0.1 < (kinds == 1).mean() < 0.4
 
 
-@pytest.mark.parametrize("distinct", [False, True])
-def test_items_repeat_unless_they_are_to_be_distinct(distinct: bool) -> None:
-    stream = make_stream(StreamShape(items=2000, categories=20, records=50, length=32, distinct=distinct), 0)
-    repeats = sum(len(np.unique(row)) < 32 for row in stream)
-    assert repeats == 0 if distinct else repeats > 40
+@pytest.mark.parametrize(("reading", "least", "most"), [("recipe", 2, 6), ("distinct", 0, 0), ("repeats", 5.5, 9)])
+def test_items_repeat_by_chance_or_not_at_all_or_often(reading: Reading, least: float, most: float) -> None:
+    """Items of a record that it had before, of 32 in the mean: some are met twice by chance, one in ten is a copy."""
+    stream = make_stream(StreamShape(items=2000, categories=20, records=400, length=32, reading=reading), 0)
+    repeats = np.mean([32 - len(np.unique(row)) for row in stream])
+    assert least <= repeats <= most
+
+
+def test_repeats_follow_alpha_and_copy_what_came_before() -> None:
+    """Where alpha is tiny, all but the first item are copies; where it is huge, none is."""
+    fresh = np.arange(200 * 8).reshape(200, 8)
+    copied = _repeat(np.random.default_rng(0), fresh, np.full(200, 1e-9))
+    assert (copied == fresh[:, :1]).all()
+    assert (_repeat(np.random.default_rng(0), fresh, np.full(200, 1e12)) == fresh).all()
+
+
+def one_category(reading: Reading) -> tuple[StreamShape, float]:
+    shape = StreamShape(items=100, categories=1, records=20, length=8, test_share=0.05, reading=reading)
+    return shape, best_hit_rates(make_stream(shape, 0), shape, 0, (10,))["hr@10"]
 
 
 def test_the_best_possible_is_what_the_most_frequent_category_gives() -> None:
     """One category of 100 items: 10 of them in 100, or in those that are left."""
-    shape = StreamShape(items=100, categories=1, records=20, length=8, test_share=0.05)
-    assert best_hit_rates(make_stream(shape, 0), shape, 0, (10,))["hr@10"] == pytest.approx(10 / shape.available(19))
-    left = StreamShape(items=100, categories=1, records=20, length=8, test_share=0.05, distinct=True)
-    wanted = np.mean([10 / (shape.available(19) - n) for n in range(4, 8)])
-    assert best_hit_rates(make_stream(left, 0), left, 0, (10,))["hr@10"] == pytest.approx(wanted)
+    shape, best = one_category("recipe")
+    assert best == pytest.approx(10 / shape.available(19))
+    shape, best = one_category("distinct")
+    assert best == pytest.approx(np.mean([10 / (shape.available(19) - n) for n in range(4, 8)]))
+
+
+def test_the_best_possible_puts_what_came_often_first_where_items_repeat() -> None:
+    """One record, 7 7 8 9 and then 8 (behind 7, one of two with 9), 7 (one of two with 8), 5 and 4 (never had)."""
+    shape = StreamShape(items=100, categories=1, records=1, length=8, test_share=1.0, reading="repeats")
+    found = best_hit_rates(np.array([[7, 7, 8, 9, 8, 7, 5, 4]]), shape, 0, (1, 2, 5))
+    others = shape.available(0) - 3
+    assert found["hr@1"] == pytest.approx(np.mean([0, 0.5, 0, 0]))
+    assert found["hr@2"] == pytest.approx(np.mean([0.5, 1, 0, 0]))
+    assert found["hr@5"] == pytest.approx(np.mean([1, 1, 2 / others, 1 / (others - 1)]))
 
 
 def test_what_a_record_has_had_is_known_at_each_place() -> None:
@@ -73,7 +103,7 @@ def test_a_stream_is_a_function_of_its_seed(seed: int) -> None:
     assert (make_stream(shape, seed) != make_stream(shape, seed + 1)).any()
 
 
-@pytest.mark.parametrize("more", [[], ["--distinct"]])
+@pytest.mark.parametrize("more", [[], ["--reading=distinct"], ["--reading=repeats"]])
 def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     plot = tmp_path / "plot.png"
     arguments = ["--records=200", "--items=100", "--categories=5", "--length=16", "--threads=1", f"--plot={plot}"]

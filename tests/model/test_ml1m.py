@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.errors import BadInput
-from model.experiments import ml1m, ml1m_rectools, stochastic_length_bench
+from model.experiments import ml1m, ml1m_rectools, ml1m_report, stochastic_length_bench
 from model.experiments.ml1m_data import Histories, group_by_user, questions, read_histories, training_batches
-from model.experiments.ml1m_train import RunConfig, evaluate, logged_run
+from model.experiments.ml1m_train import RunConfig, RunResult, evaluate, logged_run
 from model.sequential import ItemHistories, NextItem
 from model.stochastic_length import StochasticLength
 
@@ -182,12 +183,98 @@ def test_ratings_that_cannot_be_read_are_refused(tmp_path: Path, text: str | Non
         read_histories(tmp_path)
 
 
-def test_the_other_library_trains_on_our_training_items_alone(tmp_path: Path) -> None:
+def test_the_other_library_gets_our_split_in_our_order(tmp_path: Path) -> None:
     data = read_histories(write_log(tmp_path))
-    ml1m_rectools.write_training_log(data, tmp_path / "train.csv")
-    rows = np.loadtxt(tmp_path / "train.csv", delimiter=",", skiprows=1, dtype=np.int64)
-    assert len(rows) == sum(len(items) - 2 for items in data.items)
-    assert rows[rows[:, 0] == 3, 1].tolist() == data.items[3][:-2].tolist()
+    ml1m_rectools.write_ratings(data, tmp_path / "ratings.csv")
+    user, item, microseconds, part = np.loadtxt(tmp_path / "ratings.csv", np.int64, delimiter=",", skiprows=1).T
+    for asked, (items, times) in enumerate(zip(data.items, data.times, strict=True)):
+        own = user == asked
+        assert (np.diff(microseconds[own]) > 0).all() and (microseconds[own] // 1_000_000 == times).all()
+        assert item[own & (part == ml1m_rectools.TRAINING)].tolist() == items[:-2].tolist()
+        assert item[own & (part == ml1m_rectools.VALIDATION)].tolist() == [items[-2]]
+        assert item[own & (part == ml1m_rectools.TEST)].tolist() == [items[-1]]
+
+
+def test_the_other_library_gets_our_settings() -> None:
+    entries = {name: ml1m.read_entry(ml1m.CONFIGS / f"{name}.toml").run for name in ml1m_rectools.NAMES}
+    asked = {name: ml1m_rectools.their_settings(config) for name, config in entries.items()}
+    large = asked["hstu-large"]["arguments"]
+    assert (large["n_blocks"], large["n_heads"], large["n_factors"], large["batch_size"]) == (8, 2, 50, 32)
+    assert large["lightning_module_kwargs"] == {"logits_t": 0.05}  # without it, it learns next to nothing
+    assert "lightning_module_kwargs" not in asked["sasrec"]["arguments"] and asked["sasrec"]["encoder"] == "sasrec"
+    assert (asked["hstu"]["epochs"], asked["hstu"]["patience"]) == (60, 6)
+
+
+PROGRAM = """
+import json, sys
+ratings, log, weights, settings, threads = sys.argv[1:]
+users = len({line.split(",")[0] for line in open(ratings)}) - 1
+done = sum('"epoch":' in line for line in open(log))
+with open(log, "a") as file:
+    for epoch in range(done + 1, json.loads(settings)["epochs"] + 1):
+        row = {"epoch": epoch, "seconds": 2.0, "score": [0.1, 0.3, 0.2][epoch - 1], "validation": [epoch] * users}
+        file.write(json.dumps(row | ({} if epoch == 3 else {"test": [2 * epoch + 7] * users})) + "\\n")
+    file.write(json.dumps({"parameters": 7}) + "\\n")
+"""
+"""Stands in for the one that needs RecTools: better until the second epoch, where every target has rank 11."""
+
+
+@pytest.fixture
+def other_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(ml1m_rectools, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(ml1m_rectools, "_environment", lambda folder: Path(sys.executable))
+
+
+@pytest.mark.usefixtures("other_library")
+def test_what_the_other_library_did_is_read_from_its_log(tmp_path: Path) -> None:
+    data = read_histories(write_log(tmp_path))
+    config = RunConfig(epochs=3)
+    found = ml1m_rectools.measure(data, {"hstu": config, "hstu-none": config}, tmp_path, 1)
+    assert list(found) == ["hstu"]
+    result = found["hstu"]
+    assert (result.best_epoch, result.epochs, result.parameters, result.seconds_per_epoch) == (2, 3, 7, 2.0)
+    assert result.validation["ndcg@10"] == pytest.approx(1 / np.log2(3)) and result.validation["hr@10"] == 1
+    assert result.test["hr@10"] == 0 and result.test["ndcg@50"] == pytest.approx(1 / np.log2(12))
+    trained = sum(len(one.wanted) for one in training_batches(data, 8, 200, 0, 0))
+    assert result.events_per_second == pytest.approx(trained / 2)
+    (tmp_path / "program.py").write_text("raise SystemExit('a finished run was run again')")
+    assert ml1m_rectools.measure(data, {"hstu": config}, tmp_path, 1) == found
+
+
+@pytest.mark.usefixtures("other_library")
+def test_an_interrupted_run_of_the_other_library_goes_on(tmp_path: Path) -> None:
+    data = read_histories(write_log(tmp_path))
+    first = ml1m_rectools.measure(data, {"hstu": RunConfig(epochs=3)}, tmp_path, 1)
+    log, weights = tmp_path / "rectools-hstu.jsonl", tmp_path / "rectools-hstu.pt"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[:3]) + '\n{"epo')
+    weights.touch()
+    assert ml1m_rectools.measure(data, {"hstu": RunConfig(epochs=3)}, tmp_path, 1) == first
+    assert log.read_text().splitlines() == lines and weights.exists()
+    other = ml1m_rectools.measure(data, {"hstu": RunConfig(epochs=1)}, tmp_path, 1)
+    assert other["hstu"].epochs == 1 and not weights.exists()
+
+
+def a_result(ndcg: float, seconds: float) -> RunResult:
+    metrics = dict.fromkeys(ml1m_report.METRICS, 0.5) | {"ndcg@10": ndcg}
+    rates = {"seconds_per_epoch": seconds, "events_per_second": 10.0}
+    return RunResult(best_epoch=3, epochs=9, parameters=1, validation=metrics, test=metrics, **rates)
+
+
+def test_the_other_library_stands_beside_ours_and_is_quoted_where_it_was_not_run() -> None:
+    ours = {"hstu": [a_result(0.20, 2), a_result(0.22, 4)], "sasrec": [a_result(0.15, 13)]}
+    theirs = {"hstu": a_result(0.18, 60)}
+    table = ml1m_report.table({"HSTU": ours["hstu"]}, theirs).splitlines()
+    titles = [line.split(" | ")[0] for line in table[2:]]
+    assert titles == ["| HSTU", "| RecTools HSTU 2x1", "| RecTools SASRec 2x1, quoted"]
+    assert "| .1800 |" in table[3] and "| 60.0 |" in table[3] and "| .1560 |" in table[4]
+    speed = ml1m_report.speed(ours, theirs)
+    assert "| hstu | 3.0 s | 60.0 s | 20.0 x | same run |" in speed and "| sasrec | 13.0 s | 26.0 s | 2.0 x |" in speed
+    figures = ml1m_report.figures(ours, theirs)
+    assert figures["rectools-hstu/ndcg@10"] == 0.18 and figures["hstu/epoch_ratio"] == 20
+    assert figures["best/ndcg@10_gain"] == 0.03 and figures["best/ndcg@10_ratio"] == 1.167
+    assert "best/ndcg@10_gain" not in ml1m_report.figures(ours, {})
 
 
 def test_stochastic_length_leaves_the_held_out_items_and_the_order_alone(tmp_path: Path) -> None:
