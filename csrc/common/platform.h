@@ -29,17 +29,35 @@ namespace freshet {
 inline constexpr std::size_t kCacheLine = 64;
 inline constexpr std::size_t kLinePair = 2 * kCacheLine;  // what the L2 prefetchers of x86 fetch together
 
-// Always inlined: GCC takes a function that only prefetches for one without effect, and drops calls of it.
-FRESHET_INLINE void prefetch_read(const void* p) noexcept { __builtin_prefetch(p, 0, 3); }
-FRESHET_INLINE void prefetch_write(const void* p) noexcept { __builtin_prefetch(p, 1, 3); }
+enum class Intent { kRead, kWrite };
 
-// Every cache line of [p, p + bytes), each once, into L2: a line on its way to L1 holds one of the few fill buffers (16 on
-// recent Intel cores) until it comes, and rows are wanted in numbers. To be written, too: a line that no other core has
-// comes for this one alone.
-FRESHET_INLINE void prefetch_lines(const void* p, std::size_t bytes) noexcept {
+// Always inlined: GCC takes a function that only prefetches for one without effect, and drops calls of it.
+template <Intent intent>
+FRESHET_INLINE void prefetch(const void* p) noexcept {
+  __builtin_prefetch(p, intent == Intent::kWrite ? 1 : 0, 3);
+}
+
+// Whether rows should come into L2 instead of L1. A line on its way to L1 holds a fill buffer until it comes; an Intel core
+// has 16, and three times as many for L2. Measured on Intel (docs/experiments.md); not so on AMD, whose cores have more.
+inline const bool kRowsIntoL2 = [] {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}();
+
+// Sends for every cache line of the row [p, p + bytes), each once.
+template <Intent intent>
+FRESHET_INLINE void prefetch_row(const void* p, std::size_t bytes) noexcept {
   const char* const end = static_cast<const char*>(p) + bytes;
   const char* line = static_cast<const char*>(p) - reinterpret_cast<std::uintptr_t>(p) % kCacheLine;
-  for (; line < end; line += kCacheLine) __builtin_prefetch(line, 0, 2);
+  if (kRowsIntoL2) {  // for writing, too: a line that no other core has comes for this one alone
+    for (; line < end; line += kCacheLine) __builtin_prefetch(line, 0, 2);
+  } else {
+    for (; line < end; line += kCacheLine) prefetch<intent>(line);
+  }
 }
 
 // Copies whole rows: vectors of the caller's width, then words. bytes must be a multiple of 4.

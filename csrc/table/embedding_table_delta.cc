@@ -32,8 +32,8 @@ Delta EmbeddingTable::export_entries(std::vector<Entry> entries, std::vector<std
   delta.counts.resize(n);
   for (std::size_t i = 0; i < n; ++i) {
     if (i + kAhead < n) {
-      prefetch_read(&shard_at(i + kAhead).meta(entries[i + kAhead].second));
-      prefetch_lines(shard_at(i + kAhead).floats(entries[i + kAhead].second), float_bytes());
+      prefetch<Intent::kRead>(&shard_at(i + kAhead).meta(entries[i + kAhead].second));
+      prefetch_row<Intent::kRead>(shard_at(i + kAhead).floats(entries[i + kAhead].second), float_bytes());
     }
     const float* const floats = shard_at(i).floats(entries[i].second);
     const RowMeta& meta = shard_at(i).meta(entries[i].second);

@@ -10,8 +10,6 @@
 
 namespace freshet {
 
-enum class Intent { kRead, kWrite };
-
 // Where an id has arrived. A handle of a row or a candidate is to be believed only if `control` is still the bucket's once
 // the row was copied; kAbsent is proven already.
 template <typename Shelf>
@@ -25,20 +23,11 @@ struct Arrival {
   float* floats() const noexcept { return reinterpret_cast<float*>(row); }
 };
 
-template <Intent intent>
-FRESHET_INLINE void send_for(const void* p) noexcept {
-  if (intent == Intent::kWrite) {
-    prefetch_write(p);
-  } else {
-    prefetch_read(p);
-  }
-}
-
 template <Intent intent, typename Shelf>
 FRESHET_INLINE char* send_for_row(const RowLayout& layout, const Shelf& shelf, Handle handle, std::size_t bytes) noexcept {
   const RowLayout::Place place = shelf.rows().place_of(layout, handle);
-  prefetch_lines(layout.row(place), bytes);
-  if (intent == Intent::kWrite) prefetch_lines(layout.header(place), sizeof(RowMeta));
+  prefetch_row<intent>(layout.row(place), bytes);
+  if (intent == Intent::kWrite) prefetch_row<intent>(layout.header(place), sizeof(RowMeta));
   return layout.row(place);
 }
 
@@ -108,7 +97,7 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
       Shelf& shelf = shelf_of(hash);
       shelves[t % kRing] = &shelf;
       buckets[t % kRing] = shelf.index().places(hash);
-      send_for<intent>(buckets[t % kRing].home);
+      prefetch<intent>(buckets[t % kRing].home);
     }
     if (t >= kLook && t < n + kLook) {
       const std::size_t i = t - kLook, at = i % kRing;
@@ -123,8 +112,8 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
       const auto row = reinterpret_cast<std::uintptr_t>(layout.row(place)) & there;
       rows[at] = reinterpret_cast<char*>(row);
       const char* const next = reinterpret_cast<const char*>(row | (reinterpret_cast<std::uintptr_t>(buckets[at].second) & ~there));
-      prefetch_lines(next, row_bytes);
-      if (intent == Intent::kWrite) prefetch_lines(layout.header(place), sizeof(RowMeta));
+      prefetch_row<intent>(next, row_bytes);
+      if (intent == Intent::kWrite) prefetch_row<intent>(layout.header(place), sizeof(RowMeta));
     }
   }
   search_aside();

@@ -106,9 +106,9 @@ class Index {
   FRESHET_INLINE void prefetch_for_insert(std::uint64_t hash) const noexcept {
     const Entry entry = entry_at(hash);
     const Span at = span_in(segment_of(entry), kBuckets[entry & kClassMask], hash);
-    prefetch_write(segment_of(entry));
-    prefetch_write(at.first + at.index);
-    prefetch_write(at.first + at.second);
+    prefetch<Intent::kWrite>(segment_of(entry));
+    prefetch<Intent::kWrite>(at.first + at.index);
+    prefetch<Intent::kWrite>(at.first + at.second);
   }
   FRESHET_INLINE void prefetch_room(std::uint64_t hash) const noexcept {
     const Entry entry = entry_at(hash);
@@ -116,7 +116,7 @@ class Index {
     const Bucket& home = at.first[at.index];
     if (home.slot_of(kAbsent) != Bucket::kSlots || at.first[at.second].slot_of(kAbsent) != Bucket::kSlots) return;
     for (const std::atomic<std::int64_t>& key : home.key) {
-      prefetch_write(at.first + second_index(hash_id(key.load(std::memory_order_relaxed)), at.buckets));
+      prefetch<Intent::kWrite>(at.first + second_index(hash_id(key.load(std::memory_order_relaxed)), at.buckets));
     }
   }
 

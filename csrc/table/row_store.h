@@ -129,8 +129,8 @@ class RowStore {
     constexpr Handle kAhead = 2;
     if (!free_.empty() || end_ + kAhead >= capacity_) return;
     const RowLayout::Place place = place_of(layout_, end_ + kAhead);
-    prefetch_write(layout_.header(place));
-    prefetch_lines(layout_.row(place), layout_.stride);
+    prefetch<Intent::kWrite>(layout_.header(place));
+    prefetch_row<Intent::kWrite>(layout_.row(place), layout_.stride);
   }
 
  private:

@@ -59,11 +59,11 @@ void ServingTable::check(const std::int64_t* keys, std::size_t n, const float* w
 
 // Gets the buckets and rows of keys [from, to) on their way, so that their cache misses overlap.
 template <typename KeyAt>
-void ServingTable::prefetch(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept {
-  for (std::size_t i = from; i < to; ++i) prefetch_write(index_.places(hash_id(key_at(i))).home);
+void ServingTable::send_for(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept {
+  for (std::size_t i = from; i < to; ++i) prefetch<Intent::kWrite>(index_.places(hash_id(key_at(i))).home);
   for (std::size_t i = from; i < to; ++i) {
     const Handle handle = index_.places(hash_id(key_at(i))).home->find(key_at(i));
-    if (handle != kAbsent) prefetch_lines(store_.row(handle), codec_.row_bytes());
+    if (handle != kAbsent) prefetch_row<Intent::kWrite>(store_.row(handle), codec_.row_bytes());
   }
 }
 
@@ -108,7 +108,7 @@ std::vector<std::size_t> ServingTable::insert_absent(const std::int64_t* keys, s
   std::size_t i = 0;
   try {
     for (; i < n; ++i) {
-      if (i % kBlock == 0) prefetch(i, std::min(n, i + kBlock), [keys](std::size_t k) { return keys[k]; });
+      if (i % kBlock == 0) send_for(i, std::min(n, i + kBlock), [keys](std::size_t k) { return keys[k]; });
       const std::uint64_t hash = hash_id(keys[i]);
       if (index_.locate(keys[i], hash).bucket != nullptr) {
         present.push_back(i);
@@ -144,7 +144,7 @@ ServingTable::Applied ServingTable::apply(const std::int64_t* keys, std::size_t 
   const std::vector<std::size_t> present = insert_absent(keys, n, weights);
   for (std::size_t i = 0; i < present.size(); ++i) {
     const auto key_at = [&](std::size_t k) { return keys[present[k]]; };
-    if (i % kBlock == 0) prefetch(i, std::min(present.size(), i + kBlock), key_at);
+    if (i % kBlock == 0) send_for(i, std::min(present.size(), i + kBlock), key_at);
     overwrite(key_at(i), hash_id(key_at(i)), weights + present[i] * config_.dim);
   }
   Applied applied{n - present.size(), 0};

@@ -79,7 +79,7 @@ class ServingTable {
   bool erase_row(std::int64_t key, std::uint64_t hash) noexcept;
 
   template <typename KeyAt>
-  void prefetch(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept;
+  void send_for(std::size_t from, std::size_t to, const KeyAt& key_at) const noexcept;
 
   std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing) const noexcept;
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;

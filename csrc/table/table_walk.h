@@ -20,7 +20,7 @@ void EmbeddingTable::for_each_in(std::uint64_t from, std::uint64_t to, const Vis
     const std::uint64_t last = shard.index().list_segment(at, &entries);
     for (std::size_t i = 0; i < entries.size(); ++i) {
       if (i + kAhead < entries.size() && is_row(entries[i + kAhead].handle)) {
-        prefetch_read(&shard.meta(entries[i + kAhead].handle));
+        prefetch<Intent::kRead>(&shard.meta(entries[i + kAhead].handle));
       }
       const std::uint64_t hash = hash_id(entries[i].key);
       if (hash >= from && hash <= to) visit(entries[i].key, hash, entries[i].handle);
