@@ -38,7 +38,7 @@ FRESHET_INLINE void prefetch(const void* p) noexcept {
 }
 
 // Whether rows should come into L2 instead of L1. A line on its way to L1 holds a fill buffer until it comes; an Intel core
-// has 16, and three times as many for L2. Measured on Intel (docs/experiments.md); not so on AMD, whose cores have more.
+// has 16, and three times as many for L2. Timed on Intel alone (docs/experiments.md), so elsewhere it is L1.
 inline const bool kRowsIntoL2 = [] {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
