@@ -37,27 +37,13 @@ FRESHET_INLINE void prefetch(const void* p) noexcept {
   __builtin_prefetch(p, intent == Intent::kWrite ? 1 : 0, 3);
 }
 
-// Whether rows should come into L2 instead of L1. A line on its way to L1 holds a fill buffer until it comes; an Intel core
-// has 16, and three times as many for L2. Timed on Intel alone (docs/experiments.md), so elsewhere it is L1.
-inline const bool kRowsIntoL2 = [] {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel") != 0;
-#else
-  return false;
-#endif
-}();
-
-// Sends for every cache line of the row [p, p + bytes), each once.
-template <Intent intent>
+// Sends for every cache line of the row [p, p + bytes), each once, into L2: a line on its way to L1 holds one of that
+// cache's few fill buffers until it comes, and L2 has several times as many (docs/experiments.md). Good for a row that
+// will be written, too: a line that no other core has comes for this one alone.
 FRESHET_INLINE void prefetch_row(const void* p, std::size_t bytes) noexcept {
   const char* const end = static_cast<const char*>(p) + bytes;
   const char* line = static_cast<const char*>(p) - reinterpret_cast<std::uintptr_t>(p) % kCacheLine;
-  if (kRowsIntoL2) {  // for writing, too: a line that no other core has comes for this one alone
-    for (; line < end; line += kCacheLine) __builtin_prefetch(line, 0, 2);
-  } else {
-    for (; line < end; line += kCacheLine) prefetch<intent>(line);
-  }
+  for (; line < end; line += kCacheLine) __builtin_prefetch(line, 0, 2);
 }
 
 // Copies whole rows: vectors of the caller's width, then words. bytes must be a multiple of 4.

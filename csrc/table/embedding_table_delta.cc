@@ -33,7 +33,7 @@ Delta EmbeddingTable::export_entries(std::vector<Entry> entries, std::vector<std
   for (std::size_t i = 0; i < n; ++i) {
     if (i + kAhead < n) {
       prefetch<Intent::kRead>(&shard_at(i + kAhead).meta(entries[i + kAhead].second));
-      prefetch_row<Intent::kRead>(shard_at(i + kAhead).floats(entries[i + kAhead].second), float_bytes());
+      prefetch_row(shard_at(i + kAhead).floats(entries[i + kAhead].second), float_bytes());
     }
     const float* const floats = shard_at(i).floats(entries[i].second);
     const RowMeta& meta = shard_at(i).meta(entries[i].second);

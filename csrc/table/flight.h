@@ -26,8 +26,8 @@ struct Arrival {
 template <Intent intent, typename Shelf>
 FRESHET_INLINE char* send_for_row(const RowLayout& layout, const Shelf& shelf, Handle handle, std::size_t bytes) noexcept {
   const RowLayout::Place place = shelf.rows().place_of(layout, handle);
-  prefetch_row<intent>(layout.row(place), bytes);
-  if (intent == Intent::kWrite) prefetch_row<intent>(layout.header(place), sizeof(RowMeta));
+  prefetch_row(layout.row(place), bytes);
+  if (intent == Intent::kWrite) prefetch_row(layout.header(place), sizeof(RowMeta));
   return layout.row(place);
 }
 
@@ -112,8 +112,8 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
       const auto row = reinterpret_cast<std::uintptr_t>(layout.row(place)) & there;
       rows[at] = reinterpret_cast<char*>(row);
       const char* const next = reinterpret_cast<const char*>(row | (reinterpret_cast<std::uintptr_t>(buckets[at].second) & ~there));
-      prefetch_row<intent>(next, row_bytes);
-      if (intent == Intent::kWrite) prefetch_row<intent>(layout.header(place), sizeof(RowMeta));
+      prefetch_row(next, row_bytes);
+      if (intent == Intent::kWrite) prefetch_row(layout.header(place), sizeof(RowMeta));
     }
   }
   search_aside();

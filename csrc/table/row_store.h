@@ -130,7 +130,7 @@ class RowStore {
     if (!free_.empty() || end_ + kAhead >= capacity_) return;
     const RowLayout::Place place = place_of(layout_, end_ + kAhead);
     prefetch<Intent::kWrite>(layout_.header(place));
-    prefetch_row<Intent::kWrite>(layout_.row(place), layout_.stride);
+    prefetch_row(layout_.row(place), layout_.stride);
   }
 
  private:

@@ -63,7 +63,7 @@ void ServingTable::send_for(std::size_t from, std::size_t to, const KeyAt& key_a
   for (std::size_t i = from; i < to; ++i) prefetch<Intent::kWrite>(index_.places(hash_id(key_at(i))).home);
   for (std::size_t i = from; i < to; ++i) {
     const Handle handle = index_.places(hash_id(key_at(i))).home->find(key_at(i));
-    if (handle != kAbsent) prefetch_row<Intent::kWrite>(store_.row(handle), codec_.row_bytes());
+    if (handle != kAbsent) prefetch_row(store_.row(handle), codec_.row_bytes());
   }
 }
 

@@ -200,7 +200,7 @@ void SnapshotScan::scan_segment(Block* block) {
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     if (i + kRowsAhead < entries_.size() && is_row(entries_[i + kRowsAhead].handle)) {
       prefetch<Intent::kRead>(&shard.meta(entries_[i + kRowsAhead].handle));
-      prefetch_row<Intent::kRead>(shard.floats(entries_[i + kRowsAhead].handle), table_.float_bytes());
+      prefetch_row(shard.floats(entries_[i + kRowsAhead].handle), table_.float_bytes());
     }
     if (is_row(entries_[i].handle)) {
       claim_row(block, shard, entries_[i]);

@@ -13,11 +13,11 @@ namespace bench {
 inline constexpr std::size_t kRowsAhead = 32;  // rows prefetched ahead of the one at hand
 
 // Calls visit(i, row) for i in [begin, end), with the rows' `floats` on their way.
-template <freshet::Intent intent, typename Visit>
+template <typename Visit>
 FRESHET_INLINE void for_each_row(float* table, std::size_t floats, const std::uint32_t* rows, std::size_t begin,
                                  std::size_t end, const Visit& visit) {
   const auto send = [&](std::size_t i) __attribute__((always_inline)) {
-    freshet::prefetch_row<intent>(table + rows[i] * floats, floats * sizeof(float));
+    freshet::prefetch_row(table + rows[i] * floats, floats * sizeof(float));
   };
   for (std::size_t i = begin; i < std::min(begin + kRowsAhead, end); ++i) send(i);
   for (std::size_t i = begin; i < end; ++i) {
@@ -31,7 +31,7 @@ FRESHET_CLONES inline void gather_part(float* table, std::size_t dim, const std:
   const auto copy = [=](std::size_t i, const float* row) __attribute__((always_inline)) {
     freshet::copy_words(row, dim * sizeof(float), out + i * dim);
   };
-  for_each_row<freshet::Intent::kRead>(table, dim, rows, begin, end, copy);
+  for_each_row(table, dim, rows, begin, end, copy);
 }
 
 FRESHET_CLONES inline void adagrad_part(float* table, std::size_t dim, const std::uint32_t* rows, std::size_t n,
@@ -40,7 +40,7 @@ FRESHET_CLONES inline void adagrad_part(float* table, std::size_t dim, const std
   const auto update = [=](std::size_t i, float* row) __attribute__((always_inline)) {
     freshet::adagrad(config, dim, lr, gradients + i * dim, row, row + dim);
   };
-  for_each_row<freshet::Intent::kWrite>(table, 2 * dim, rows, 0, n, update);
+  for_each_row(table, 2 * dim, rows, 0, n, update);
 }
 
 // dim must be a multiple of 16: whole cache lines.
