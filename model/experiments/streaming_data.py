@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from components.errors import BadInput
+
 Int64s = NDArray[np.int64]
 Reading = Literal["recipe", "distinct", "repeats"]
 MOST_CATEGORIES = 5
@@ -31,15 +33,19 @@ class StreamShape:
 
     items: int = 4000
     categories: int = 20
-    records: int = 20_000
+    records: int = 10_000
     length: int = 128
     test_share: float = 0.1
     reading: Reading = "recipe"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.categories <= self.items:
+            raise BadInput(f"{self.categories} categories need as many items at least, and there are {self.items}")
+
     def available(self, record: int) -> int:
         """How many items there are when a record is made: items are released in the order of their ids."""
         share = AVAILABLE_AT_START + (1 - AVAILABLE_AT_START) * record / self.records
-        return min(int(share * self.items), self.items)
+        return max(int(share * self.items), 1)
 
     @property
     def first_test(self) -> int:
@@ -51,9 +57,12 @@ def make_stream(shape: StreamShape, seed: int) -> Int64s:
     """(records, length) items, in the order of time. A function of shape and seed."""
     random = np.random.default_rng(seed)
     members = item_categories(random, shape)
-    order = random.random((shape.records, shape.categories)).argsort(1)[:, :MOST_CATEGORIES]
+    available = np.array([shape.available(record) for record in range(shape.records)])
+    closed = np.array([own[0] for own in members]) >= available[:, None]  # categories that have no item yet: drawn last
+    order = (random.random((shape.records, shape.categories)) + closed).argsort(1)[:, :MOST_CATEGORIES]
     kinds = order.shape[1]
     used = np.arange(kinds) < random.integers(1, kinds + 1, shape.records)[:, None]
+    used &= ~np.take_along_axis(closed, order, 1)
     prior = np.where(used, random.exponential(size=used.shape), 0.0)
     prior /= prior.sum(1, keepdims=True)
     alpha = random.uniform(1.0, 500.0, shape.records)
@@ -63,10 +72,9 @@ def make_stream(shape: StreamShape, seed: int) -> Int64s:
         chosen = _categories(random, prior, alpha, shape.length)
     out = np.zeros(chosen.shape, dtype=np.int64)
     for record in range(shape.records):
-        available = shape.available(record)
         for column in np.flatnonzero(used[record]):
             own = members[order[record, column]]
-            own = own[: max(int(np.searchsorted(own, available)), 1)]  # one that has none yet offers its first item
+            own = own[: int(np.searchsorted(own, available[record]))]
             places = chosen[record] == column
             out[record, places] = _draw(random, own, int(places.sum()), shape.reading == "distinct")
     return _repeat(random, out, alpha) if shape.reading == "repeats" else out
@@ -117,8 +125,10 @@ def _repeat(random: np.random.Generator, fresh: Int64s, alpha: NDArray[np.float6
     return out
 
 
-def best_hit_rates(stream: Int64s, shape: StreamShape, seed: int, cuts: tuple[int, ...]) -> dict[str, float]:
-    """hr@k in the second half of the test records of who knows each item's category.
+def best_hit_rates(
+    stream: Int64s, shape: StreamShape, seed: int, cuts: tuple[int, ...], records: range | None = None
+) -> dict[str, float]:
+    """hr@k in the second half of the records (those of the test by default) of who knows each item's category.
 
     Puts the most frequent category first, with `repeats` the most frequent items before all others: the expectation
     over the order among equals, what no model passes by much.
@@ -128,7 +138,7 @@ def best_hit_rates(stream: Int64s, shape: StreamShape, seed: int, cuts: tuple[in
     for number, own in enumerate(members):
         category[own] = number
     found: dict[int, list[float]] = {k: [] for k in cuts}
-    for record in range(shape.first_test, shape.records):
+    for record in records or range(shape.first_test, shape.records):
         sizes = np.array([np.searchsorted(own, shape.available(record)) for own in members])
         for n in range(shape.length // 2, shape.length):
             before, equals = _ahead(stream[record, : n + 1], category, sizes, shape.reading)

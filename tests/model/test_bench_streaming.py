@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.errors import BadInput
 from model.experiments import streaming
 from model.experiments.streaming_data import (
     MOST_CATEGORIES,
@@ -77,6 +78,33 @@ def test_the_best_possible_puts_what_came_often_first_where_items_repeat() -> No
     assert found["hr@5"] == pytest.approx(np.mean([1, 1, 2 / others, 1 / (others - 1)]))
 
 
+def test_a_category_without_an_item_yet_is_not_drawn() -> None:
+    """An item per category, the second released half way: before that all records are of the first."""
+    shape = StreamShape(items=3, categories=3, records=30, length=4)
+    stream = make_stream(shape, 0)
+    limits = np.array([shape.available(record) for record in range(shape.records)])
+    assert (stream[limits == 1] == 0).all() and (stream[limits == 2] == 1).any()
+
+
+def test_more_categories_than_items_are_refused() -> None:
+    with pytest.raises(BadInput, match="5 categories need as many items"):
+        StreamShape(items=4, categories=5)
+
+
+def test_half_is_reached_at_the_end_of_the_first_window_whose_mean_is_half() -> None:
+    """Batches of 16 records, every fourth measured: the window of the measurements 4 to 11 ends with batch 48."""
+    assert streaming.half_after([0.0] * 8 + [1.0] * 8) == (8 + 4) * 4 * 16
+    assert streaming.half_after([0.49] * 40) is None
+    assert streaming.half_after([1.0] * (streaming.WINDOW - 1)) is None  # too short a pass to tell
+
+
+def test_the_best_on_the_way_is_of_each_fourth_batch() -> None:
+    shape = StreamShape(items=100, categories=1, records=200, length=8)
+    found = streaming.best_on_the_way(make_stream(shape, 0), shape, 0)
+    assert len(found) == 3  # 180 training records: batches 0, 4 and 8
+    assert found == sorted(found, reverse=True) and found[0] == pytest.approx(10 / 40, rel=0.1)
+
+
 def test_what_a_record_has_had_is_known_at_each_place() -> None:
     rows = np.array([[5, 1, 2, 3, 4], [9, 8, 8, 7, 6]])
     _, histories, wanted = next(iter(streaming.batches(rows, 0, 2)))
@@ -106,8 +134,18 @@ def test_a_stream_is_a_function_of_its_seed(seed: int) -> None:
 @pytest.mark.parametrize("more", [[], ["--reading=distinct"], ["--reading=repeats"]])
 def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     plot = tmp_path / "plot.png"
-    arguments = ["--records=200", "--items=100", "--categories=5", "--length=16", "--threads=1", f"--plot={plot}"]
+    arguments = [
+        "--records=200",
+        "--items=100",
+        "--categories=5",
+        "--length=16",
+        "--threads=1",
+        "--seeds=2",
+        f"--plot={plot}",
+    ]
     streaming.main(arguments + more)
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
-    assert set(result["hr"]) == set(streaming.PAPER) and result["ratio"]["Transformer"] == 1
+    assert set(result["ratio"]) == set(streaming.PAPER) and result["ratio"]["Transformer"] == 1
+    assert [run["seed"] for run in result["runs"]] == [0] * 3 + [1] * 3
+    assert all(0 <= run["hr@10"] <= run["hr@50"] <= 1 for run in result["runs"])
     assert plot.stat().st_size > 1000
