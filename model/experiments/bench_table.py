@@ -125,6 +125,8 @@ def further_ratios(samples: Samples) -> dict[str, float | None]:
         "gather's lookup_vs_monolith": median_ratio(get("lookup", "gather"), get("lookup", MONOLITH)),
         "known rows' update_vs_monolith": median_ratio(get("update", "known rows"), get("update", MONOLITH)),
         "known rows' update_vs_index_add": median_ratio(get("update", "known rows"), get("update", TORCH)),
+        "known places' update_vs_monolith": median_ratio(get("update", "known places"), get("update", MONOLITH)),
+        "known places' update_vs_index_add": median_ratio(get("update", "known places"), get("update", TORCH)),
         "lookup_vs_absl": median_ratio(get("lookup"), get("lookup", "absl")),
         "lookup_vs_index_select": median_ratio(get("lookup"), get("lookup", TORCH)),
         "lookup_vs_monolith, zipf": median_ratio(get("lookup", keys="zipf"), get("lookup", MONOLITH, "zipf")),

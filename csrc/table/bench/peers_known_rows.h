@@ -43,17 +43,50 @@ FRESHET_CLONES inline void adagrad_part(float* table, std::size_t dim, const std
   for_each_row(table, 2 * dim, rows, 0, n, update);
 }
 
+// Of each row, what an update of a table with an index changes beside it: a lock per bucket and bookkeeping.
+struct alignas(64) KnownBucket {
+  std::uint32_t control;
+};
+struct KnownHeader {
+  std::uint32_t dirty_epoch, last_seen, count;
+};
+inline constexpr std::size_t kRowsPerBucket = 4;  // of five slots
+
+FRESHET_CLONES inline void adagrad_in_places(float* table, std::size_t dim, KnownBucket* buckets, KnownHeader* headers,
+                                             const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
+  constexpr auto kWrite = freshet::Intent::kWrite;
+  const freshet::OptimizerConfig config;
+  const auto update = [=](std::size_t i, float* row) __attribute__((always_inline)) {
+    if (i + 2 * kRowsAhead < n) freshet::prefetch<kWrite>(buckets + rows[i + 2 * kRowsAhead] / kRowsPerBucket);
+    if (i + kRowsAhead < n) freshet::prefetch<kWrite>(headers + rows[i + kRowsAhead]);
+    ++buckets[rows[i] / kRowsPerBucket].control;
+    freshet::adagrad(config, dim, lr, gradients + i * dim, row, row + dim);
+    ++headers[rows[i]].count;
+  };
+  for_each_row(table, 2 * dim, rows, 0, n, update);
+}
+
 // dim must be a multiple of 16: whole cache lines.
 class KnownRows {
  public:
   static constexpr const char* kGather = "gather";
   static constexpr const char* kUpdate = "known rows";
+  static constexpr const char* kUpdateInPlaces = "known places";
 
   KnownRows(std::size_t rows, std::size_t dim, std::size_t state_dim)
-      : dim_(dim), table_(reinterpret_cast<float*>(allocate_huge(rows * (dim + state_dim) * sizeof(float)))) {
+      : dim_(dim),
+        table_(reinterpret_cast<float*>(allocate_huge(rows * (dim + state_dim) * sizeof(float)))),
+        buckets_(reinterpret_cast<KnownBucket*>(allocate_huge((rows / kRowsPerBucket + 1) * sizeof(KnownBucket)))),
+        headers_(reinterpret_cast<KnownHeader*>(allocate_huge(rows * sizeof(KnownHeader)))) {
+    std::fill_n(buckets_, rows / kRowsPerBucket + 1, KnownBucket{});
+    std::fill_n(headers_, rows, KnownHeader{});
     for (std::size_t i = 0; i < rows * (dim + state_dim); ++i) table_[i] = static_cast<float>(i % 1024);
   }
-  ~KnownRows() { std::free(table_); }
+  ~KnownRows() {
+    std::free(table_);
+    std::free(buckets_);
+    std::free(headers_);
+  }
   KnownRows(const KnownRows&) = delete;
   KnownRows& operator=(const KnownRows&) = delete;
 
@@ -67,10 +100,16 @@ class KnownRows {
   void adagrad(const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
     adagrad_part(table_, dim_, rows, n, gradients, lr);
   }
+  // The same, and each row's bucket and header.
+  void adagrad_in_places(const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
+    bench::adagrad_in_places(table_, dim_, buckets_, headers_, rows, n, gradients, lr);
+  }
 
  private:
   const std::size_t dim_;
   float* const table_;
+  KnownBucket* const buckets_;
+  KnownHeader* const headers_;
 };
 
 }  // namespace bench

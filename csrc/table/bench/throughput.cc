@@ -126,6 +126,9 @@ void bench_update(const Options& options) {
   variants.push_back({KnownRows::kUpdate, 1, [&](const std::int64_t*, const std::uint32_t* rows, std::size_t n) {
                         known.adagrad(rows, n, gradients.data(), kLearningRate);
                       }});
+  variants.push_back({KnownRows::kUpdateInPlaces, 1, [&](const std::int64_t*, const std::uint32_t* rows, std::size_t n) {
+                        known.adagrad_in_places(rows, n, gradients.data(), kLearningRate);
+                      }});
   for (const bool zipf : {false, true}) interleave(options, "update", make_batches(options, zipf), variants);
 }
 
