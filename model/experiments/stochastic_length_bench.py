@@ -1,6 +1,6 @@
 """Stochastic length on MovieLens-1M: how much training does not read, and what that costs.
 
-    python -m model.experiments.stochastic_length_bench --data path/to/ml-1m [--epochs 15] [--alphas 1.6,1.7,1.8,1.9,2]
+    python -m model.experiments.stochastic_length_bench --data path/to/ml-1m [--epochs 30] [--alphas 1.6,1.7,1.8,1.9,2]
 
 HSTU base, trained for the same number of passes with each alpha (arXiv 2402.17152, equation 4, N = 200) and, at the
 smallest alpha, with each way to choose the subsequence; measured on whole histories, as in ml1m. Sparsity as in the
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ml-1m"), help="folder of MovieLens-1M")
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the users")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the users")
     parser.add_argument("--alphas", default="1.6,1.7,1.8,1.9,2", help="in (1, 2]; 2 reads everything")
     parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
     parser.add_argument("--plot", type=Path, help="picture to write")
