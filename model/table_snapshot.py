@@ -41,9 +41,10 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
     """Writes the table as it is at one moment, soon after the call, to a folder that does not exist or is empty.
 
     Weights, optimiser state, bookkeeping, candidates, tombstones and the consumers' epochs are all of that moment.
-    Other threads may go on training; gradients that wait for `step` are not part of the table. The folder appears when
-    all of it is on the disk. AlreadyExists if it is taken; RuntimeError if another snapshot of it is in progress,
-    or if no memory was left for rows that training changed meanwhile; OSError if the disk refuses.
+    Other threads may go on training, for which it gives way: it then takes several times as long. Gradients that wait
+    for `step` are not part of the table. The folder appears when all of it is on the disk. AlreadyExists if it is
+    taken; RuntimeError if another snapshot of it is in progress, or if no memory was left for rows that training
+    changed meanwhile; OSError if the disk refuses.
     """
     with SnapshotWriter(folder) as writer:
         with table._consumers_lock:  # nobody's epoch can be ahead of the moment

@@ -273,6 +273,12 @@ void test_kept_rows_fill_few_blocks_that_say_where_their_rows_belong() {
   CHECK(restored.size() == ids.size());
 }
 
+void test_a_snapshot_rests_while_the_table_is_changed_and_only_then() {
+  CHECK(freshet::SnapshotScan::rest_after(0.01, false) == 0.0);
+  CHECK(freshet::SnapshotScan::rest_after(0.01, true) == 0.04);
+  CHECK(freshet::SnapshotScan::rest_after(60.0, true) == 0.25);  // a slow disk leaves training enough by itself
+}
+
 }  // namespace
 
 int main() {
@@ -292,6 +298,7 @@ int main() {
   test_a_row_that_is_a_candidate_again_is_in_the_delta_as_erased_too();
   test_incomplete_deltas_are_refused();
   test_kept_rows_fill_few_blocks_that_say_where_their_rows_belong();
+  test_a_snapshot_rests_while_the_table_is_changed_and_only_then();
   std::puts("embedding_table_test: all passed");
   return 0;
 }

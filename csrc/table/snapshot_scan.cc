@@ -1,16 +1,19 @@
 #include "snapshot_scan.h"
 
 #include <algorithm>
+#include <chrono>
 #include <iterator>
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 namespace freshet {
 namespace {
 
 constexpr std::size_t kRowsAhead = 8;
+constexpr double kRest = 4.0, kLongestRest = 0.25;  // times the work; seconds
 constexpr std::uint64_t kLastHash = std::numeric_limits<std::uint64_t>::max();
 
 }  // namespace
@@ -81,6 +84,8 @@ SnapshotScan::SnapshotScan(EmbeddingTable& table) : table_(table) {
   progress_ = {table.epoch(), table.updates_, table.sweep_at_, table.eviction_at_, table.clock_};
   dropped_to_ = table.dropped_to_;
   rows_ = table.size();
+  changes_ = table.changes();
+  rested_at_ = std::chrono::steady_clock::now();
   for (const auto& shard : table.shards_) {
     shard->tombstones().for_each_after(0, [&](std::int64_t key, Epoch epoch) {
       tombstone_keys_.push_back(key);
@@ -147,7 +152,21 @@ void SnapshotScan::keep_word(std::int64_t key, std::uint64_t word) noexcept {
   }
 }
 
+double SnapshotScan::rest_after(double worked, bool changed) noexcept {
+  return changed ? std::min(kRest * worked, kLongestRest) : 0.0;
+}
+
+void SnapshotScan::give_way() {
+  using Clock = std::chrono::steady_clock;
+  using Span = std::chrono::duration<double>;
+  const bool changed = table_.changes() != changes_;
+  std::this_thread::sleep_for(Span(rest_after(Span(Clock::now() - rested_at_).count(), changed)));
+  changes_ = table_.changes();
+  rested_at_ = Clock::now();
+}
+
 bool SnapshotScan::next(Block* block) {
+  give_way();
   block->clear();
   if (scanned_ && !settled_) {
     const std::lock_guard<std::mutex> writing(table_.write_mutex_);  // a batch under way gives back what it has kept
