@@ -57,6 +57,7 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
             while (block := scan.next()) is not None:
                 writer.write(block["first_bucket"], block["last_bucket"], block)
                 rows += len(block["keys"])
+                scan.give_way()
         finally:
             scan.close()
         if rows != (expected := progress.pop("rows")):

@@ -44,6 +44,12 @@ class Scan {
     return more ? py::object(to_dict(table_, std::move(block))) : py::none();
   }
 
+  void give_way() {
+    if (!scan_) throw std::invalid_argument("the snapshot is closed");
+    const Release release;
+    scan_->give_way();
+  }
+
   void close() {
     const Release release;
     scan_.reset();
@@ -89,6 +95,7 @@ void bind_snapshot(py::module_& m) {
   py::class_<Scan>(m, "SnapshotScan")
       .def(py::init<EmbeddingTable&>(), py::arg("table"), py::keep_alive<1, 2>())
       .def("next", &Scan::next)
+      .def("give_way", &Scan::give_way)
       .def("close", &Scan::close)
       .def("progress", &Scan::progress)
       .def("tombstones", &Scan::tombstones);

@@ -166,7 +166,6 @@ void SnapshotScan::give_way() {
 }
 
 bool SnapshotScan::next(Block* block) {
-  give_way();
   block->clear();
   if (scanned_ && !settled_) {
     const std::lock_guard<std::mutex> writing(table_.write_mutex_);  // a batch under way gives back what it has kept

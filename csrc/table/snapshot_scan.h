@@ -38,9 +38,6 @@ struct Block {
 // comes first claims the row (RowMeta::saved), so each row of that moment is in exactly one block. No lock is held while
 // rows are copied; extra memory is at most the rows that training changed before the scan came to them.
 //
-// It gives way: while the table is being changed, it rests after each block for as long as rest_after says, so that
-// training keeps the memory bus and the caches for most of the time. A table that nobody changes is read without a rest.
-//
 // One scan at a time (std::runtime_error for a second). Not copied, not moved; its thread may be any but the writer's.
 class SnapshotScan {
  public:
@@ -49,7 +46,10 @@ class SnapshotScan {
   SnapshotScan(const SnapshotScan&) = delete;
   SnapshotScan& operator=(const SnapshotScan&) = delete;
 
-  // How long to rest after so many seconds of work: reading a block and whatever was done with it.
+  // After each block, for a thread that does nothing else: rests for as long as rest_after says, so that training on
+  // other threads keeps the memory bus and the caches for most of the time.
+  void give_way();
+  // Seconds, after so many seconds of work since the last rest: none if the table was not changed meanwhile.
   static double rest_after(double worked, bool changed) noexcept;
 
   // Fills the next block of about 4 MB; false when all has been read. std::runtime_error if training had to give up the
@@ -93,7 +93,6 @@ class SnapshotScan {
   static constexpr std::uint64_t kNone = ~std::uint64_t{0};
   static constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
 
-  void give_way();
   void keep_row(std::int64_t key, const float* floats, RowMeta& meta, Block* block) noexcept;
   void take_open(Block* block);
   void give_back(Block* block) noexcept;
@@ -120,7 +119,7 @@ class SnapshotScan {
   std::size_t rows_ = 0;
   std::vector<KeyHandle> entries_;  // of the segment at work
   bool ended_ = false;
-  std::uint64_t changes_ = 0;                        // of the table, by the end of the last rest
+  std::uint64_t changes_ = 0;                        // of the table, until the end of the last rest
   std::chrono::steady_clock::time_point rested_at_;  // that end
 
   std::mutex saved_mutex_;

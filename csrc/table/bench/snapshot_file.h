@@ -81,6 +81,7 @@ inline std::size_t write_snapshot(freshet::EmbeddingTable& table, const std::str
     write_column(file, block.last_seen);
     write_column(file, block.counts);
     bytes += sizeof rows + rows * (14 + sizeof(float) * (table.dim() + table.state_dim()));
+    scan.give_way();
   }
   return bytes;
 }
