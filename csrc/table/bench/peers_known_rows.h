@@ -5,7 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
+#include "../bucket.h"
+#include "../row_meta.h"
 #include "peer_slab.h"
 
 namespace bench {
@@ -43,25 +46,20 @@ FRESHET_CLONES inline void adagrad_part(float* table, std::size_t dim, const std
   for_each_row(table, 2 * dim, rows, 0, n, update);
 }
 
-// Of each row, what an update of a table with an index changes beside it: a lock per bucket and bookkeeping.
-struct alignas(64) KnownBucket {
-  std::uint32_t control;
-};
-struct KnownHeader {
-  std::uint32_t dirty_epoch, last_seen, count;
-};
 inline constexpr std::size_t kRowsPerBucket = 4;  // of five slots
 
-FRESHET_CLONES inline void adagrad_in_places(float* table, std::size_t dim, KnownBucket* buckets, KnownHeader* headers,
-                                             const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
+// Also changes, of each row, what an update of a table with an index has to: its bucket's lock and its bookkeeping.
+FRESHET_CLONES inline void adagrad_in_places(float* table, std::size_t dim, freshet::Bucket* buckets,
+                                             freshet::RowMeta* headers, const std::uint32_t* rows, std::size_t n,
+                                             const float* gradients, float lr) {
   constexpr auto kWrite = freshet::Intent::kWrite;
   const freshet::OptimizerConfig config;
   const auto update = [=](std::size_t i, float* row) __attribute__((always_inline)) {
     if (i + 2 * kRowsAhead < n) freshet::prefetch<kWrite>(buckets + rows[i + 2 * kRowsAhead] / kRowsPerBucket);
     if (i + kRowsAhead < n) freshet::prefetch<kWrite>(headers + rows[i + kRowsAhead]);
-    ++buckets[rows[i] / kRowsPerBucket].control;
+    const freshet::BucketLock lock(buckets[rows[i] / kRowsPerBucket]);
     freshet::adagrad(config, dim, lr, gradients + i * dim, row, row + dim);
-    ++headers[rows[i]].count;
+    headers[rows[i]].add(1);
   };
   for_each_row(table, 2 * dim, rows, 0, n, update);
 }
@@ -76,10 +74,10 @@ class KnownRows {
   KnownRows(std::size_t rows, std::size_t dim, std::size_t state_dim)
       : dim_(dim),
         table_(reinterpret_cast<float*>(allocate_huge(rows * (dim + state_dim) * sizeof(float)))),
-        buckets_(reinterpret_cast<KnownBucket*>(allocate_huge((rows / kRowsPerBucket + 1) * sizeof(KnownBucket)))),
-        headers_(reinterpret_cast<KnownHeader*>(allocate_huge(rows * sizeof(KnownHeader)))) {
-    std::fill_n(buckets_, rows / kRowsPerBucket + 1, KnownBucket{});
-    std::fill_n(headers_, rows, KnownHeader{});
+        buckets_(reinterpret_cast<freshet::Bucket*>(allocate_huge((rows / kRowsPerBucket + 1) * sizeof(freshet::Bucket)))),
+        headers_(reinterpret_cast<freshet::RowMeta*>(allocate_huge(rows * sizeof(freshet::RowMeta)))) {
+    for (std::size_t i = 0; i <= rows / kRowsPerBucket; ++i) (new (buckets_ + i) freshet::Bucket)->clear();
+    for (std::size_t i = 0; i < rows; ++i) new (headers_ + i) freshet::RowMeta{};
     for (std::size_t i = 0; i < rows * (dim + state_dim); ++i) table_[i] = static_cast<float>(i % 1024);
   }
   ~KnownRows() {
@@ -108,8 +106,8 @@ class KnownRows {
  private:
   const std::size_t dim_;
   float* const table_;
-  KnownBucket* const buckets_;
-  KnownHeader* const headers_;
+  freshet::Bucket* const buckets_;
+  freshet::RowMeta* const headers_;
 };
 
 }  // namespace bench
