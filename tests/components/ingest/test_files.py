@@ -1,0 +1,79 @@
+"""Any Parquet, CSV or JSONL file with a mapping of columns."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from components.schemas import hash_id
+from components.storage import Storage
+from tests.components.ingest.cases import LOG, MAPPING, events, ingest, written
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_one_log_in_three_formats_gives_the_same_events(store: Storage, tmp_path: Path, ending: str) -> None:
+    path = written(tmp_path / f"log.{ending}", LOG)
+    result = ingest(
+        store, source="files", path=str(path), kind="impressions", columns=MAPPING, time_unit="iso", string_ids=True
+    )
+    shown, acted = events(store, "impressions"), events(store, "actions")
+    day = 1704067200_000000
+    assert result.quarantined == {}
+    assert sorted(zip(shown.user_id, shown.item_id, shown.timestamp, strict=True)) == sorted(
+        [
+            (hash_id("a"), hash_id("x"), day),
+            (hash_id("b"), hash_id("y"), day),
+            (hash_id("a"), hash_id("y"), day + 86400_000000),
+        ]
+    )
+    assert Counter(acted.action) == {"click": 2, "watch": 1}
+    assert acted[acted.action == "watch"].value.tolist() == [2.5]
+    assert shown.request_id.between(0, 2**53 - 1).all()
+
+
+def test_action_rows_keep_their_request_and_their_names_can_be_mapped(store: Storage, tmp_path: Path) -> None:
+    columns = {
+        "request_id": [5, 5, 6],
+        "user_id": [1, 1, 2],
+        "item_id": [10, 10, 20],
+        "timestamp": [1.7e9, 1.7e9 + 0.25, 1.7e9 + 3],
+        "action": ["open", "watch", "buy"],
+        "value": [None, 4.0, None],
+    }
+    path = written(tmp_path / "actions.jsonl", columns)
+    names = "open=click,buy=like"
+    ingest(store, source="files", path=str(path), kind="actions", action_names=names)
+    acted = events(store, "actions")
+    assert acted[["request_id", "action", "timestamp"]].to_numpy().tolist() == [
+        [5, "click", 1_700_000_000_000_000],
+        [5, "watch", 1_700_000_000_250_000],
+        [6, "like", 1_700_000_003_000_000],
+    ]
+    assert store.list("events/impressions") == []
+
+
+def test_feedback_rows_are_an_impression_and_its_action(store: Storage, tmp_path: Path) -> None:
+    path = written(tmp_path / "log.csv", {"user_id": [1, 1], "item_id": [7, 8], "timestamp": [1700000000, 1700000001]})
+    result = ingest(store, source="files", path=str(path))
+    assert (result.impressions, result.actions) == (2, {"like": 2})
+
+
+def test_item_rows_become_the_catalogue(store: Storage, tmp_path: Path) -> None:
+    path = written(tmp_path / "items.csv", {"sku": [7, 8], "brand": [3, None], "duration_s": [1.5, None]})
+    result = ingest(store, source="files", path=str(path), kind="items", columns="item_id=sku,author_id=brand")
+    items = store.read_table(store.list("items")[0]).to_pydict()
+    assert (items["author_id"], items["duration_s"], result.items) == ([3, 0], [1.5, None], 2)
+
+
+def test_ids_are_exact_to_the_last_of_64_bits_even_beside_bad_ones(store: Storage, tmp_path: Path) -> None:
+    big = [2**63 - 1, -(2**63), 2**53 + 1]
+    rows = [{"user_id": str(i), "item_id": str(i), "timestamp": "1700000000"} for i in big]
+    rows += [{"user_id": str(2**63), "item_id": "1", "timestamp": "1700000000"}]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = ingest(store, source="files", path=str(path), max_bad_share=0.5)
+    assert sorted(events(store, "impressions").user_id) == sorted(big)
+    assert result.quarantined == {"non_integer_user_id": 1}
