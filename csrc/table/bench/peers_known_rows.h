@@ -64,6 +64,30 @@ FRESHET_CLONES inline void adagrad_in_places(float* table, std::size_t dim, fres
   for_each_row(table, 2 * dim, rows, 0, n, update);
 }
 
+// A bucket's lock and a header for each row.
+class KnownPlaces {
+ public:
+  explicit KnownPlaces(std::size_t rows)
+      : buckets_(reinterpret_cast<freshet::Bucket*>(allocate_huge((rows / kRowsPerBucket + 1) * sizeof(freshet::Bucket)))),
+        headers_(reinterpret_cast<freshet::RowMeta*>(allocate_huge(rows * sizeof(freshet::RowMeta)))) {
+    for (std::size_t i = 0; i <= rows / kRowsPerBucket; ++i) (new (buckets_ + i) freshet::Bucket)->clear();
+    for (std::size_t i = 0; i < rows; ++i) new (headers_ + i) freshet::RowMeta{};
+  }
+  ~KnownPlaces() {
+    std::free(buckets_);
+    std::free(headers_);
+  }
+  KnownPlaces(const KnownPlaces&) = delete;
+  KnownPlaces& operator=(const KnownPlaces&) = delete;
+
+  freshet::Bucket* buckets() noexcept { return buckets_; }
+  freshet::RowMeta* headers() noexcept { return headers_; }
+
+ private:
+  freshet::Bucket* const buckets_;
+  freshet::RowMeta* const headers_;
+};
+
 // dim must be a multiple of 16: whole cache lines.
 class KnownRows {
  public:
@@ -73,18 +97,10 @@ class KnownRows {
 
   KnownRows(std::size_t rows, std::size_t dim, std::size_t state_dim)
       : dim_(dim),
-        table_(reinterpret_cast<float*>(allocate_huge(rows * (dim + state_dim) * sizeof(float)))),
-        buckets_(reinterpret_cast<freshet::Bucket*>(allocate_huge((rows / kRowsPerBucket + 1) * sizeof(freshet::Bucket)))),
-        headers_(reinterpret_cast<freshet::RowMeta*>(allocate_huge(rows * sizeof(freshet::RowMeta)))) {
-    for (std::size_t i = 0; i <= rows / kRowsPerBucket; ++i) (new (buckets_ + i) freshet::Bucket)->clear();
-    for (std::size_t i = 0; i < rows; ++i) new (headers_ + i) freshet::RowMeta{};
+        table_(reinterpret_cast<float*>(allocate_huge(rows * (dim + state_dim) * sizeof(float)))) {
     for (std::size_t i = 0; i < rows * (dim + state_dim); ++i) table_[i] = static_cast<float>(i % 1024);
   }
-  ~KnownRows() {
-    std::free(table_);
-    std::free(buckets_);
-    std::free(headers_);
-  }
+  ~KnownRows() { std::free(table_); }
   KnownRows(const KnownRows&) = delete;
   KnownRows& operator=(const KnownRows&) = delete;
 
@@ -99,15 +115,13 @@ class KnownRows {
     adagrad_part(table_, dim_, rows, n, gradients, lr);
   }
   // The same, and each row's bucket and header.
-  void adagrad_in_places(const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
-    bench::adagrad_in_places(table_, dim_, buckets_, headers_, rows, n, gradients, lr);
+  void adagrad_in(KnownPlaces& places, const std::uint32_t* rows, std::size_t n, const float* gradients, float lr) {
+    adagrad_in_places(table_, dim_, places.buckets(), places.headers(), rows, n, gradients, lr);
   }
 
  private:
   const std::size_t dim_;
   float* const table_;
-  freshet::Bucket* const buckets_;
-  freshet::RowMeta* const headers_;
 };
 
 }  // namespace bench

@@ -100,6 +100,7 @@ void bench_update(const Options& options) {
   CuckooTable cuckoo(options.dim, options.dim, options.rows);
   AbslWriter absl_table(options.dim, options.dim, options.rows);
   KnownRows known(options.rows, options.dim, options.dim);
+  KnownPlaces places(options.rows);
   fill(ours, options.rows, options.batch, options.dim);
   fill(cuckoo, options.rows, options.batch, options.dim);
   fill(absl_table, options.rows, options.batch, options.dim);
@@ -127,7 +128,7 @@ void bench_update(const Options& options) {
                         known.adagrad(rows, n, gradients.data(), kLearningRate);
                       }});
   variants.push_back({KnownRows::kUpdateInPlaces, 1, [&](const std::int64_t*, const std::uint32_t* rows, std::size_t n) {
-                        known.adagrad_in_places(rows, n, gradients.data(), kLearningRate);
+                        known.adagrad_in(places, rows, n, gradients.data(), kLearningRate);
                       }});
   for (const bool zipf : {false, true}) interleave(options, "update", make_batches(options, zipf), variants);
 }
