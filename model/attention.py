@@ -21,6 +21,7 @@ from components.errors import BadInput
 from model.attention_bias import TIME_BUCKETS, Bias, time_bucket
 from model.attention_reference import attention_reference
 from model.attention_visibility import Visibility, causal
+from model.operators import WIDEST_TRITON_HEAD
 
 __all__ = ["TIME_BUCKETS", "Bias", "Visibility", "attention", "causal", "time_bucket"]
 
@@ -50,7 +51,7 @@ def attention(
     Raises BadInput for shapes or intervals that do not fit together, or a forced kernel that cannot do it.
     """
     _check(q, k, v, seen, normaliser, bias)
-    name = _kernel(q, softmax, kernel)
+    name = _kernel(q, max(q.shape[-1], v.shape[-1]), softmax, kernel)
     if name == "reference":
         return attention_reference(q, k, v, seen, alpha=alpha, normaliser=normaliser, bias=bias, softmax=softmax)
     if name == "cpu":
@@ -62,13 +63,13 @@ def attention(
     return attention_triton(q, k, v, seen, alpha=alpha, normaliser=normaliser, bias=bias)
 
 
-def _kernel(q: Tensor, softmax: bool, kernel: str) -> str:
+def _kernel(q: Tensor, width: int, softmax: bool, kernel: str) -> str:
     if kernel not in KERNELS:
         raise BadInput(f"unknown attention kernel {kernel!r}; choose one of {', '.join(KERNELS)}")
     fits_cpu = q.device.type == "cpu" and q.dtype in CPU_DTYPES and not softmax
     fits_triton = q.device.type == "cuda" and q.dtype in CPU_DTYPES and not softmax and _has_triton()
     if kernel == "auto":
-        return "triton" if fits_triton else "cpu" if fits_cpu else "reference"
+        return "triton" if fits_triton and width <= WIDEST_TRITON_HEAD else "cpu" if fits_cpu else "reference"
     if (kernel == "cpu" and not fits_cpu) or (kernel == "triton" and not fits_triton):
         raise BadInput(
             f"the {kernel} attention kernel does not take {q.dtype} on {q.device.type}"

@@ -17,9 +17,16 @@ from torch import Tensor
 from components.errors import BadInput
 from model.attention_bias import Bias
 from model.attention_visibility import Visibility
-from model.operators import Context, attention_gradients, bias_arguments, present, save_inputs, saved_inputs
+from model.operators import (
+    WIDEST_TRITON_HEAD,
+    Context,
+    attention_gradients,
+    bias_arguments,
+    present,
+    save_inputs,
+    saved_inputs,
+)
 from model.triton.launch import (
-    MOST_WIDTH,
     block_size,
     common,
     launch_backward_keys,
@@ -37,10 +44,10 @@ def attention_triton(
 
     Raises BadInput for heads wider than 256.
     """
-    if max(q.shape[2], v.shape[2]) > MOST_WIDTH:
+    if max(q.shape[2], v.shape[2]) > WIDEST_TRITON_HEAD:
         raise BadInput(
-            f"the triton attention kernel takes heads of up to {MOST_WIDTH}; got {q.shape[2]} and {v.shape[2]}: "
-            "use more heads, or kernel='reference'"
+            f"the triton attention kernel takes heads of up to {WIDEST_TRITON_HEAD}, "
+            f"got {q.shape[2]} and {v.shape[2]}; use more heads, or kernel='reference'"
         )
     row_tiles, key_tiles = _tiles(seen, len(k), block_size(q.dtype, q.shape[2], v.shape[2]))
     out: Tensor = hstu_attention_triton(

@@ -25,12 +25,17 @@ class SequenceDataset:
     """Users of one sequence dataset, by index, without copying their events."""
 
     def __init__(self, table: pa.Table) -> None:
-        """table: rows of the sequence schema, one per user. Raises BadInput for a missing or null column."""
+        """table: rows of the sequence schema, one per user.
+
+        Raises BadInput for a missing or null column, and for a new_from below 0.
+        """
         wanted = ["user_id", "new_from", *EVENT_DTYPES]
         if missing := [name for name in wanted if name not in table.column_names]:
             raise BadInput(f"the sequences lack the columns {', '.join(missing)}; build them with build-sequences")
         self.user_id = table["user_id"].to_numpy().astype(np.int64)
         self.new_from = table["new_from"].to_numpy().astype(np.int64)
+        if (self.new_from < 0).any():
+            raise BadInput("new_from is below 0; it is the index of the first new interaction, 0 if all are new")
         self._values: dict[str, NDArray] = {}
         self._offsets: dict[str, NDArray[np.int64]] = {}
         for name, dtype in EVENT_DTYPES.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.attention_bias import TIME_BUCKETS, Bias
 
+WIDEST_TRITON_HEAD = 256
 Context = torch.autograd.function.FunctionCtx
 BiasArguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

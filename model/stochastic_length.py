@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from components.errors import BadInput
 from model.catalogue import Int64s
 from model.events import UserEvents
 from model.hashing import uniform
@@ -56,7 +57,9 @@ class StochasticLength:
         return self.cut_all([user], epoch, keep_new=keep_new)[0]
 
     def cut_all(self, users: list[UserEvents], epoch: int, *, keep_new: bool) -> list[UserEvents]:
-        """`cut` for each of several users."""
+        """`cut` for each of several users. BadInput for interactions that are not in order of time."""
+        if any((np.diff(user.timestamp) < 0).any() for user in users):
+            raise BadInput("stochastic length needs interactions in order of time; sort by (timestamp, request_id)")
         counts = np.array([len(user) for user in users], dtype=np.int64)
         ids = np.array([user.user_id for user in users], dtype=np.int64)
         kept = self.lengths(counts, ids, epoch).tolist()

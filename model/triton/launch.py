@@ -18,7 +18,6 @@ from model.triton.backward_keys import backward_keys
 from model.triton.backward_rows import backward_rows
 from model.triton.forward import forward
 
-MOST_WIDTH = 256
 BUCKETS = 256
 """TIME_BUCKETS as the power of two that a block needs."""
 SCAN = 1024

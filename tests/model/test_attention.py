@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model.attention as attention_module
 from components.errors import BadInput
 from model.attention import Bias, Visibility, attention, causal, time_bucket
 from tests.model.attention_cases import random_case
@@ -206,3 +209,11 @@ def test_an_empty_batch_gives_an_empty_result_and_trains(kernel: str) -> None:
     y.sum().backward()
     assert y.shape == (0, 1, 4)
     assert q.grad is not None
+
+
+@pytest.mark.parametrize("width", [256, 257])
+def test_heads_too_wide_for_the_triton_kernels_go_to_the_reference(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "_has_triton", lambda: True)
+    on_device = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32)
+    chosen = attention_module._kernel(on_device, width, False, "auto")  # type: ignore[arg-type]
+    assert chosen == ("triton" if width == 256 else "reference")

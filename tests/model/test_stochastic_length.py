@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.errors import BadInput
 from model.settings import ModelConfig
 from model.stochastic_length import StochasticLength, age_weights
 from tests.model.make import user
@@ -111,3 +114,10 @@ def test_whole_histories_are_the_default() -> None:
     assert StochasticLength.of(ModelConfig()) is None
     rule = StochasticLength.of(ModelConfig(max_interactions=10))
     assert rule is not None and len(rule.cut(user(1, 30), 0, keep_new=False)) == 10
+
+
+def test_interactions_out_of_order_are_refused_since_the_newest_could_not_be_told() -> None:
+    events = user(1, 12)
+    swapped = dataclasses.replace(events, timestamp=events.timestamp[::-1].copy())
+    with pytest.raises(BadInput, match="order of time; sort"):
+        StochasticLength(4, 1.5, "greedy").cut(swapped, 0, keep_new=False)
