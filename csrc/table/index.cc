@@ -178,7 +178,7 @@ std::uint32_t Index::class_for(std::size_t keys) noexcept {
 }
 
 void Index::grow(Segment* old, std::uint64_t hash) {
-  reclaimer_->reserve(2);
+  reclaimer_->reserve();
   const bool split = old->size_class == kLastClass;
   if (split && old->depth == directory_.load(std::memory_order_relaxed)->depth) deepen();
   moving_.clear();

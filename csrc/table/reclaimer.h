@@ -44,10 +44,12 @@ class Reclaimer {
   Reclaimer(const Reclaimer&) = delete;
   Reclaimer& operator=(const Reclaimer&) = delete;
 
-  // Room for `more` calls of retire; std::bad_alloc if there is none.
-  void reserve(std::size_t more) {
+  // Room for kPromised calls of retire by this thread; std::bad_alloc if there is none. There is always room for what
+  // all other writers were promised, too: what one of them takes must not be what another relies on.
+  void reserve() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (retired_.size() + more > retired_.capacity()) retired_.reserve(2 * (retired_.size() + more));
+    const std::size_t wanted = retired_.size() + kPromised * kWriters;
+    if (wanted > retired_.capacity()) retired_.reserve(wanted + retired_.size());
   }
 
   // Takes over memory of the arena that no new reader can reach. Needs reserve before.
@@ -59,6 +61,8 @@ class Reclaimer {
 
  private:
   static constexpr std::size_t kReaders = 128;
+  static constexpr std::size_t kWriters = 256;  // as many as a table has shards at most
+  static constexpr std::size_t kPromised = 2;
 
   struct Retired {
     void* memory;

@@ -149,7 +149,7 @@ class RowStore {
   void grow_directory() {
     if (count_ < room_) return;
     const std::size_t room = room_ == 0 ? 8 : 2 * room_;
-    reclaimer_->reserve(1);
+    reclaimer_->reserve();
     auto** const grown = static_cast<char**>(reclaimer_->arena().allocate(room * sizeof(char*)));
     char** const old = slabs_.load(std::memory_order_relaxed);
     if (count_ != 0) std::memcpy(grown, old, count_ * sizeof(char*));

@@ -19,7 +19,7 @@ def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
-@pytest.mark.parametrize("target", ["test", "asan"])
+@pytest.mark.parametrize("target", ["table_test", "table_asan", "table_tsan"])
 def test_the_cpp_tests_pass(target: str) -> None:
     result = _make(target)
     assert result.returncode == 0, result.stderr[-2000:]
