@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from model.trainer import Step, Trainer
 
 
+POLICY_COUNTS = ("refused_admission", "refused_full", "expired", "expired_candidates", "evicted")
+
+
+def policy_counts(trainer: Trainer) -> dict[str, float]:
+    """What the tables' policies refused and removed, as '<count>_<slot>'; zeros are left out."""
+    stats = {slot: table.stats() for slot, table in trainer.model.tables().items()}
+    counts = {f"{name}_{slot}": float(of[name]) for slot, of in stats.items() for name in POLICY_COUNTS}
+    return {name: count for name, count in counts.items() if count}
+
+
 def fit(trainer: Trainer, users: SequenceDataset, tracked: Run, title: str, continual: bool = False) -> None:
     """Train on `users` (continual: one pass in event order) and report to the run."""
     losses: list[float] = []
@@ -33,5 +43,6 @@ def fit(trainer: Trainer, users: SequenceDataset, tracked: Run, title: str, cont
     passes = 1 if continual else trainer.model.config.epochs
     tokens = int(users.tokens().sum()) * passes
     tracked.metrics({"tokens_per_s": tokens / max(time.monotonic() - started, 1e-9)})
+    tracked.metrics(policy_counts(trainer))
     if losses:
         tracked.figure(learning_curve(losses, title), "learning_curve.png")

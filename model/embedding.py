@@ -10,7 +10,7 @@ from components.schemas import ACTIONS
 from model.inputs import ACTION, CONTEXT, IMPRESSION, KINDS, REQUEST, VALUE_BUCKETS, Tokens
 from model.policies import FEATURES, policies
 from model.settings import ModelConfig
-from model.table import EmbeddingTable
+from model.table import EmbeddingTable, Events
 
 
 def make_table(config: ModelConfig, slot: str, dim: int, *, init_scale: float | None = None) -> EmbeddingTable:
@@ -55,7 +55,7 @@ class TokenEmbedding(nn.Module):
         where = {"page": (kind != ACTION) & (kind != CONTEXT), "user": asks}
         for name, table in self.tables.items():
             rows = where.get(name, has_item).nonzero().squeeze(1)
-            x = x.index_add(0, rows, table(getattr(tokens, name)[rows]))
+            x = x.index_add(0, rows, look_up(table, getattr(tokens, name)[rows], tokens.event_us[rows]))
         bits = (tokens.action[acted, None] >> torch.arange(len(ACTIONS))) & 1
         x = x.index_add(0, acted, bits.to(x.dtype) @ self.action + self.value[tokens.value[acted]])
         if self.hour is not None:
@@ -64,8 +64,14 @@ class TokenEmbedding(nn.Module):
         if self.context:
             places = (kind == CONTEXT).nonzero().view(-1, len(self.context))  # (B, slots): the first rows of each user
             for rows, (name, table) in zip(places.T, self.context.items(), strict=True):
-                x = x.index_add(0, rows, table(getattr(tokens, name)[rows]))
+                x = x.index_add(0, rows, look_up(table, getattr(tokens, name)[rows], tokens.event_us[rows]))
         return x
+
+
+def look_up(table: nn.Module, ids: Tensor, event_us: Tensor) -> Tensor:
+    """int64 [n] -> (n, dim); in training each id for its event at event_us [n] (below 0: it is none)."""
+    vectors: Tensor = table(ids, events=Events.at(event_us)) if table.training else table(ids)
+    return vectors
 
 
 def _small(rows: int, dim: int) -> nn.Parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from model.catalogue import Int64s
 
 IMPRESSION, ACTION, AUX, REQUEST, CONTEXT = range(5)
 """Kinds of tokens."""
+BEFORE_ALL_US = -(2**62)
+"""Before any event. Also the time of context tokens: their gap to any event falls into one and the same time bucket."""
+NEVER_US = 2**62
 
 
 @dataclass
@@ -40,6 +43,13 @@ class UserEvents:
     aux_slot: NDArray[np.int32]
     aux_value: Int64s
     aux_known_at: Int64s
+    new_since_us: int | None = field(default=None, init=False)  # None: the time of the interaction new_from
+
+    def new_since(self) -> int:
+        """From this time on an event was not learned from before; NEVER_US if none is new."""
+        if self.new_since_us is not None:
+            return self.new_since_us
+        return int(self.timestamp[self.new_from]) if self.new_from < len(self) else NEVER_US
 
     @classmethod
     def empty(cls, user_id: int) -> UserEvents:
@@ -64,7 +74,9 @@ class UserEvents:
                 arrays[name] = (of if name == "action_of" else value)[kept].astype(dtype, copy=False)
             else:
                 arrays[name] = value if name.startswith("aux_") else value[places]
-        return UserEvents(user_id=self.user_id, new_from=new_from, **arrays)
+        taken = UserEvents(user_id=self.user_id, new_from=new_from, **arrays)
+        taken.new_since_us = self.new_since_us
+        return taken
 
 
 _DTYPES = {
@@ -74,7 +86,7 @@ _DTYPES = {
 EVENT_DTYPES: dict[str, np.dtype] = {
     f.name: np.dtype(next((kind for kind, names in _DTYPES.items() if f.name in names), "int64"))
     for f in fields(UserEvents)
-    if f.name not in ("user_id", "new_from")
+    if f.name not in ("user_id", "new_from", "new_since_us")
 }
 """Array fields of UserEvents and their dtypes."""
 

@@ -25,6 +25,7 @@ from model.catalogue import Int64s, ItemCatalogue, log_bucket
 from model.events import (
     ACTION,
     AUX,
+    BEFORE_ALL_US,
     CONTEXT,
     EVENT_DTYPES,
     IMPRESSION,
@@ -45,8 +46,8 @@ VALUE_BUCKETS = 64
 """0 = none, 1..31 = watch seconds (1 + floor(2 log2(1 + s))), 32..63 = rating (32 + round(2 * stars))."""
 PAGE_SLOT = 0
 MICROSECONDS = 1_000_000
-BEFORE_ALL_US = -(2**62)
-"""The time of context tokens: their gap to any event falls into one and the same time bucket."""
+NO_EVENT = -1
+"""In place of the time of an event: what was learned from before, and must not be counted again."""
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Tokens:
     labels: Tensor  # (N,) action bitmask of these rows (0 for queries)
     watch: Tensor  # (N,) float32 seconds watched of these rows (0 for queries)
     source: Tensor  # (N,) index of the interaction in its user, or of the query in its Queries
+    event_us: Tensor  # (T,) when the token's event happened, if it was not learned from before; else NO_EVENT
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -271,6 +273,7 @@ def _tokens(
         targets = np.flatnonzero((kind == IMPRESSION) & (source >= new_from[owner]))
         start = np.cumsum([0, *(len(u) for u in users)])
         watch = _concatenate(users, "watch_s")[start[owner[targets]] + source[targets]]
+    event_us = _new_events(columns, users)
     side = catalogue.features(columns["item"])
     has_item = (kind == IMPRESSION) | (kind == ACTION)
     side[~has_item] = 0
@@ -282,4 +285,22 @@ def _tokens(
         value=_tensor(columns["value"]), query_time=_tensor(columns["query_time"] // MICROSECONDS),
         key_time=_tensor(columns["key_time"] // MICROSECONDS), targets=_tensor(targets),
         labels=_tensor(columns["action"][targets]), watch=torch.from_numpy(watch), source=_tensor(source[targets]),
+        event_us=_tensor(event_us),
     )  # fmt: skip
+
+
+def _new_events(columns: dict[str, NDArray], users: Sequence[UserEvents]) -> Int64s:
+    """The time of each token that was not learned from before, else NO_EVENT; a context token has its user's newest.
+
+    An impression that is put as a candidate of its request is new there, and not again in the history of later ones.
+    """
+    owner, kind, time = columns["owner"], columns["kind"], columns["query_time"]
+    asked = columns.get("query", np.zeros_like(kind)) > 0
+    since = np.array([u.new_since() for u in users], dtype=np.int64)
+    new = asked | (time >= since[owner])
+    if (asked & (kind == IMPRESSION)).any():
+        new &= asked | (kind != IMPRESSION)
+    event = np.where(new, time, NO_EVENT)
+    newest = np.full(len(users), NO_EVENT)
+    np.maximum.at(newest, owner, event)
+    return np.where(kind == CONTEXT, newest[owner], event)

@@ -9,8 +9,9 @@ from model.settings import ModelConfig
 
 FEATURES = ("item", "author", "category", "page", "duration", "user")
 DAY_US = 86_400_000_000
-_MOST_OCCURRENCES = 65_535
+_MOST_EVENTS = 65_535
 _MOST_DAYS = 36_500
+_MOST_ROWS = 10**12
 
 
 def feature_of(slot: str) -> str:
@@ -19,11 +20,18 @@ def feature_of(slot: str) -> str:
 
 
 def policies(config: ModelConfig, slot: str) -> dict[str, Any]:
-    """Admission and expiry of a slot's table. Raises BadInput for a setting that cannot be read."""
-    feature = feature_of(slot)
-    threshold = by_feature(config.table_admission, "table_admission", _MOST_OCCURRENCES).get(feature, 1)
-    days = by_feature(config.table_ttl_days, "table_ttl_days", _MOST_DAYS).get(feature, 0)
-    return {"admission_threshold": threshold, "ttl_us": days * DAY_US}
+    """Admission, expiry and bounds of a slot's table. Raises BadInput for a setting that cannot be read."""
+
+    def number(setting: str, most: int, default: int) -> int:
+        return by_feature(getattr(config, setting), setting, most).get(feature_of(slot), default)
+
+    return {
+        "admission_threshold": number("table_admission", _MOST_EVENTS, 1),
+        "ttl_us": number("table_ttl_days", _MOST_DAYS, 0) * DAY_US,
+        "min_rows": number("table_min_rows", _MOST_ROWS, 0),
+        "max_rows": number("table_max_rows", _MOST_ROWS, 0),
+        "when_full": config.table_when_full,
+    }
 
 
 def by_feature(text: str, setting: str, most: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from components.errors import BadInput
 from components.schemas import action_bit
 from model.catalogue import Int64s, ItemCatalogue
+from model.embedding import look_up
 from model.hashing import uniform
 from model.heads import make_head
 from model.inputs import Queries, Tokens, UserEvents
@@ -103,7 +104,8 @@ class Ranker(SequenceModel):
     def _with_biases(self, outputs: Tensor, tokens: Tokens) -> Tensor:
         logits, values = outputs.split([len(self.head_names), len(self.regression_names)], dim=1)
         for name, table in self.biases.items():
-            logits = logits + table(getattr(tokens, name)[tokens.targets])
+            at = tokens.targets
+            logits = logits + look_up(table, getattr(tokens, name)[at], tokens.event_us[at])
         return torch.cat([logits, values], dim=1) if self.regression_names else logits
 
     def labels(self, tokens: Tokens) -> Tensor:
@@ -227,7 +229,9 @@ def _fit_of(name: str, predicted: NDArray[np.float32], seconds: NDArray[np.float
 
 
 def _candidate_ids(candidates: Int64s) -> Int64s:
-    ids = np.asarray(candidates, dtype=np.int64)
-    if ids.ndim != 1 or not len(ids):
+    given = np.asarray(candidates)
+    if given.ndim != 1 or not len(given):
         raise BadInput("no candidates to score; give a one-dimensional list of item ids")
-    return ids
+    if not np.can_cast(given.dtype, np.int64):  # a cast could merge ids
+        raise BadInput(f"candidates are {given.dtype}; item ids are whole numbers of at most 64 bits: give int64")
+    return given.astype(np.int64)

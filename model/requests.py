@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from components.errors import BadInput
 from model.dataset import SequenceDataset
-from model.events import UserEvents
+from model.events import BEFORE_ALL_US, UserEvents
 from model.hashing import uniform
 
 
@@ -41,14 +41,19 @@ class RequestDataset(SequenceDataset):
         self.user_id = users.user_id[self.owner]
         self.new_from = self.start
         self._time = time[start]
+        again = np.r_[False, self.owner[1:] == self.owner[:-1]][: len(start)]
+        before = np.where(self.start > 0, time[np.maximum(start - 1, 0)], BEFORE_ALL_US) if len(start) else self._time
+        self._since = np.where(again, np.r_[BEFORE_ALL_US, self._time[:-1]][: len(start)], before)
 
     def __len__(self) -> int:
         return len(self.owner)
 
     def __getitem__(self, index: int) -> UserEvents:
-        """The user's events up to and with the request."""
+        """The user's events up to and with the request; new is what came since the request before."""
         events = self._users[int(self.owner[index])]
-        return events.take(np.arange(self.stop[index]), int(self.start[index]))
+        request = events.take(np.arange(self.stop[index]), int(self.start[index]))
+        request.new_since_us = int(self._since[index])
+        return request
 
     def bounds(self, name: str) -> NDArray[np.int64]:
         """Not known for requests: their histories overlap."""

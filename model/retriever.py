@@ -20,6 +20,7 @@ from model.metrics import hit_rate, ndcg
 from model.requests import RequestDataset
 from model.sequence_model import SequenceModel
 from model.settings import ModelConfig, RetrieverConfig
+from model.table import Events
 
 EPSILON = 1e-6
 CUTS = (10, 50, 200)
@@ -58,11 +59,12 @@ class Retriever(SequenceModel):
         reach = self.config.reach()
         return RequestDataset(dataset, reach, self.positive) if self.config.per_request() else dataset
 
-    def item_vectors(self, item_ids: Int64s) -> Tensor:
-        """int64 [n] -> float32 [n, dim], of length one."""
+    def item_vectors(self, item_ids: Int64s, events: Events | None = None) -> Tensor:
+        """int64 [n] -> float32 [n, dim], of length one. events: the positives among them; None: there are none."""
+        known = {"events": events or Events.none(len(item_ids))} if self.training else {}
         side = self.catalogue.features(item_ids)
         columns = {"item": item_ids, "author": side[:, 0], "category": side[:, 1]}
-        parts = [table(torch.from_numpy(columns[name].copy())) for name, table in self.outputs.items()]
+        parts = [table(torch.from_numpy(columns[name].copy()), **known) for name, table in self.outputs.items()]
         return F.normalize(torch.stack(parts).sum(0), dim=1, eps=EPSILON)
 
     def tokens(self, users: list[UserEvents]) -> Tokens:
@@ -94,23 +96,29 @@ class Retriever(SequenceModel):
         Full softmax up to `full_softmax_limit` items. Beyond it the positive and uniformly sampled other items, each of
         their logits minus the log of its chance to be drawn, so that the denominator estimates the full one.
         """
-        vectors, wanted = self(tokens), tokens.labels.numpy()
+        vectors, wanted, asked = self(tokens), tokens.labels.numpy(), tokens.event_us[tokens.targets]
         if not len(wanted):
             return vectors.sum() * 0.0, 0
         items = np.union1d(self.items, wanted)
         if len(items) > self.config.full_softmax_limit:
-            return self._sampled_loss(vectors, wanted, items), len(wanted)
+            return self._sampled_loss(vectors, wanted, items, Events.at(asked)), len(wanted)
         place = torch.from_numpy(np.searchsorted(items, wanted))
-        return catalogue_cross_entropy(vectors, self.item_vectors(items), place, self.config.temperature), len(wanted)
+        rows = self.item_vectors(items, Events.of_items(len(items), place, asked))
+        return catalogue_cross_entropy(vectors, rows, place, self.config.temperature), len(wanted)
 
-    def _sampled_loss(self, vectors: Tensor, wanted: Int64s, items: Int64s) -> Tensor:
-        random = np.random.default_rng([self.config.seed, len(wanted), int(wanted[0] & 0xFFFFFFFF)])
+    def _sampled_loss(self, vectors: Tensor, wanted: Int64s, items: Int64s, events: Events) -> Tensor:
+        random = np.random.default_rng(int(torch.randint(2**62, ())))  # seeded by the trainer, step by step
         count = min(self.config.negatives, len(items))
         drawn = random.choice(items, size=count, replace=False)
         hits = torch.from_numpy(drawn[None, :] == wanted[:, None])
         log_q = float(np.log(count / len(items)))
         return sampled_cross_entropy(
-            vectors, self.item_vectors(wanted), self.item_vectors(drawn), hits, log_q, self.config.temperature
+            vectors,
+            self.item_vectors(wanted, events),
+            self.item_vectors(drawn),
+            hits,
+            log_q,
+            self.config.temperature,
         )
 
     @torch.no_grad()

@@ -12,6 +12,8 @@ from model import falcon
 from model.falcon import KeyValues, Rows
 from model.inputs import Tokens
 from model.sequence_model import SequenceModel
+from model.serving_table import ServingTable
+from model.table import EmbeddingTable
 
 _COLUMNS = (
     "kind", "item", "author", "category", "duration", "page", "action", "value", "user", "query_time", "key_time",
@@ -100,13 +102,14 @@ def _extend(model: SequenceModel, kept: KeyValues, tokens: Tokens, x: Tensor, st
     )
 
 
+CHANGES = ("inserted", "updated", "upserted", "erased", "expired", "evicted")
+
+
 def parameter_state(model: SequenceModel) -> tuple[int, ...]:
-    """Changes whenever a parameter or a table row changes."""
-    tables = [table.stats() for table in model.tables().values()]
-    return (
-        *(parameter._version for parameter in model.parameters()),
-        *(stats[name] for stats in tables for name in ("inserted", "updated", "upserted", "erased", "expired")),
-    )
+    """Changes whenever a parameter or a row of a table, or of a serving copy, changes."""
+    tables = [m.stats() for m in model.modules() if isinstance(m, EmbeddingTable | ServingTable)]
+    counts = (stats.get(name, 0) for stats in tables for name in CHANGES)
+    return (*(parameter._version for parameter in model.parameters()), *counts)
 
 
 def _rows(tokens: Tokens, x: Tensor, start: int, stop: int) -> Rows:

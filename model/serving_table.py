@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from model.table import EmbeddingTable
+from model.table import EmbeddingTable, Events
 from model.table_arrays import Floats, Ids, TableDelta, as_floats, as_ids, slot_hash
 
 try:
@@ -59,8 +59,10 @@ class ServingTable(torch.nn.Module):
 
     # Reading
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, events: Events | None = None) -> torch.Tensor:
         """float32 [..., dim] for int64 ids [...], without gradient; an absent id gets its initial weights.
+
+        events are of no account here: nothing is admitted and nothing expires.
 
         RuntimeError in training mode: the rows would never learn.
         """

@@ -62,18 +62,25 @@ class ModelConfig(BaseModel):
         default=0.02, ge=0, le=1, description="New table rows are uniform in (-init_scale, init_scale)"
     )
     table_optimizer: str = Field(
-        default="adagrad", description="sgd, adagrad, rowwise_adagrad or adam, inside the rows"
+        default="adagrad", description="sgd, adagrad, rowwise_adagrad, adam or ftrl, inside the rows"
     )
     table_accumulator: float = Field(
         default=30.0, ge=0, description="Start of the Adagrad sums: larger = slower for rare ids"
     )
     table_admission: str = Field(
         default="",
-        description="Occurrences from which an id gets a row, by feature, as item=5,user=2; others from the first",
+        description="Events from which on an id gets a row, by feature, as item=5,user=2; others from the first",
     )
     table_ttl_days: str = Field(
         default="",
-        description="Days of event time after which a row that was not updated expires, by feature, as user=90",
+        description="Days of event time after which a row without a new event expires, by feature, as user=90",
+    )
+    table_min_rows: str = Field(
+        default="", description="Rows of a table that expiry leaves in any case, by feature, as item=10000"
+    )
+    table_max_rows: str = Field(default="", description="Rows of a table at most, by feature, as user=1000000")
+    table_when_full: Literal["evict_stalest", "evict_rarest", "refuse"] = Field(
+        default="evict_stalest", description="With table_max_rows: which rows make room, or that new ids get none"
     )
     epochs: int = Field(
         default=2, ge=1, le=1000, description="Passes over the data in pretraining (a window is passed once)"

@@ -10,21 +10,23 @@ import math
 import threading
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from model.table_arrays import Floats, Ids, TableDelta, as_floats, as_ids, slot_hash
-from model.table_gradients import Forward, Gradients
+from model.table_arrays import Floats, Ids, TableDelta, UInt64Array, as_floats, as_ids, slot_hash
+from model.table_gradients import Events, Forward, Gradients
 
 try:
     from model._native import freshet_table
 except ImportError as error:
     raise ImportError(f"the compiled embedding table cannot be loaded ({error}); run `make build`") from error
 
-__all__ = ["OPTIMIZERS", "EmbeddingTable", "TableDelta", "slot_hash"]
+__all__ = ["OPTIMIZERS", "EmbeddingTable", "Events", "TableDelta", "slot_hash"]
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 POOLINGS = ("sum", "mean")
 _EPSILON = {"adam": 1e-8}
+_PROGRESS = ("updates", "sweep_at", "eviction_at", "clock")
 
 
 class EmbeddingTable(torch.nn.Module):
@@ -36,11 +38,13 @@ class EmbeddingTable(torch.nn.Module):
     them so before they exist; the first gradient makes them exist.
     initial_accumulator: start of both adagrads' and ftrl's sums. epsilon: None = 1e-10, for adam 1e-8.
 
-    Admission: an id gets its row at its admission_threshold-th occurrence in a gradient (counted exactly, 20 bytes per
-    candidate), or at each occurrence with admission_probability; gradients before that are dropped and counted.
-    Expiry: rows not updated (with ttl_on_access: not read by a training forward either) for ttl_us of event time go, a
-    part of the table at each step, never below min_rows. max_rows: then when_full says: "refuse" new ids, or evict
-    neighbours in hash order, "evict_stalest" or "evict_rarest". `stats` counts whatever was refused or has gone.
+    Admission: an id gets its row at its admission_threshold-th event in a gradient (counted exactly, 20 bytes per
+    candidate), or at each event with admission_probability; gradients before that are dropped and counted.
+    Expiry: rows without an event (with ttl_on_access: nor read for one by a training forward) for ttl_us go, a part of
+    the table at each step, all with `expire_stale`, never below min_rows. An id is an event wherever it occurs, unless
+    the forward says otherwise (`Events`): a negative updates a row, but does not admit it or keep it.
+    max_rows: then when_full says: "refuse" new ids, or evict neighbours in hash order, "evict_stalest" or
+    "evict_rarest". `stats` counts whatever was refused or has gone.
 
     shards: how many threads can write; threads: how many do (None: torch.get_num_threads()). Results depend on neither.
     Raises ValueError for a setting out of range.
@@ -138,17 +142,28 @@ class EmbeddingTable(torch.nn.Module):
 
     # Training
 
-    def forward(self, ids: torch.Tensor, offsets: torch.Tensor | None = None, pooling: str = "sum") -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        pooling: str = "sum",
+        events: Events | None = None,
+    ) -> torch.Tensor:
         """float32 [..., dim] for int64 ids [...]; with offsets [bags + 1], the sum or mean of each bag: [bags, dim].
 
         Nothing is inserted: an absent id gets the very weights that its row would start with. In training mode with
-        gradients enabled, the gradient waits for `step`. The result is on the device of `ids`.
+        gradients enabled, the gradient waits for `step`. events: what the ids stand for; None: an event each, at the
+        time of the step. The result is on the device of `ids`.
         """
         if not isinstance(ids, torch.Tensor):
             raise TypeError(f"ids must be a torch tensor, got {type(ids).__name__}; use torch.as_tensor(ids)")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be sum or mean, got {pooling!r}")
         flat = as_ids(ids)
+        if events is not None and not len(events.counts) == len(events.newest_us) == len(flat):
+            raise ValueError(
+                f"events are of {len(events.counts)} ids, but {len(flat)} are looked up; give one for each"
+            )
         ends = None if offsets is None else as_ids(offsets, "offsets")
         if ends is None:
             values = self._table.lookup(flat, True, self._threads())
@@ -158,7 +173,7 @@ class EmbeddingTable(torch.nn.Module):
         if self.training and torch.is_grad_enabled():
             out.requires_grad_()
             bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
-            self._pending.append(Forward(flat.copy(), out, bags, pooling == "mean"))
+            self._pending.append(Forward(flat.copy(), out, bags, pooling == "mean", events))
         return out if ends is not None else out.view(*ids.shape, self.dim)
 
     def step(self, lr: float | None = None, now_us: int = 0) -> int:
@@ -166,13 +181,18 @@ class EmbeddingTable(torch.nn.Module):
 
         lr: None = `learning_rate`. now_us: event time of the update, 0 = unknown. Returns the rows updated.
         ValueError if a gradient is not finite: then nothing has changed, and `discard` drops the gradients.
+        MemoryError: rows that were there may have had their step, so the gradients are gone; do not repeat it.
         """
-        updated = 0
-        if (gradients := Gradients.of(self._pending)) is not None:
-            updated = self._update(gradients, lr, now_us)
-        if self.ttl_on_access:
-            for forward in self._pending:
-                self._table.touch(forward.ids, now_us)
+        try:
+            gradients = Gradients.of(self._pending, now_us)
+            updated = 0 if gradients is None else self._update(gradients, lr, now_us)
+            if self.ttl_on_access:
+                for forward in self._pending:
+                    events = forward.events_at(now_us)
+                    self._table.touch(forward.ids, np.where(events.counts > 0, events.newest_us, 0))
+        except MemoryError:
+            self.discard()
+            raise
         self.discard()
         return updated
 
@@ -198,12 +218,18 @@ class EmbeddingTable(torch.nn.Module):
                 forward.out.grad = forward.out.grad * factor  # not in place: autograd may share its storage
 
     def apply_gradients(self, ids: Ids, grads: Floats, lr: float | None = None, now_us: int = 0) -> int:
-        """One update per distinct id of ids [n]; grads [n, dim] of repeated ids are summed. See `step`."""
+        """One update per distinct id of ids [n]; grads [n, dim] of repeated ids are summed. See `step`.
+
+        MemoryError: rows that were there are updated, and no id got a new one.
+        """
         return self._update(Gradients(as_ids(ids), as_floats(grads, "grads")), lr, now_us)
 
     def _update(self, g: Gradients, lr: float | None, now_us: int) -> int:
         rate = self.learning_rate if lr is None else lr
-        return self._table.apply_gradients(g.ids, g.grads, g.row, g.scale, rate, now_us, self._threads())
+        counts, newest_us = (None, None) if g.events is None else (g.events.counts, g.events.newest_us)
+        return self._table.apply_gradients(
+            g.ids, g.grads, g.row, g.scale, counts, newest_us, rate, now_us, self._threads()
+        )
 
     # Reading and writing rows
 
@@ -215,7 +241,7 @@ class EmbeddingTable(torch.nn.Module):
         return torch.from_numpy(rows).view(*ids.shape, self.dim)
 
     def find_or_insert(self, ids: Ids) -> torch.Tensor:
-        """As `lookup`, after giving every absent id a fresh row, whatever the admission."""
+        """As `lookup`, after giving every absent id a fresh row, whatever the admission and max_rows."""
         return torch.from_numpy(self._table.find_or_insert(as_ids(ids), self._threads())).view(*ids.shape, self.dim)
 
     def upsert(self, ids: Ids, weights: Floats, state: Floats | None = None, last_update_us: Ids | None = None) -> int:
@@ -242,6 +268,13 @@ class EmbeddingTable(torch.nn.Module):
         """Erases at once the rows last seen before this event time. Rows of unknown time (0) stay."""
         return self._table.expire(before_us)
 
+    def expire_stale(self) -> int:
+        """Erases at once all that has outlived ttl_us at the newest event time seen. Returns the rows removed.
+
+        For a table that is exported or saved: the sweep of the steps may not have come round.
+        """
+        return self._table.expire_stale()
+
     # Deltas
 
     def epoch(self) -> int:
@@ -266,14 +299,22 @@ class EmbeddingTable(torch.nn.Module):
         return _delta(self._table.export_all())
 
     def apply_delta(self, delta: TableDelta) -> None:
-        """Replays an export of a table with the same settings; the changed rows are then equal to the bit."""
-        keys, weights = as_ids(delta.keys, "keys"), as_floats(delta.weights, "weights")
-        state = None if delta.state is None else as_floats(delta.state, "state")
-        times = None if delta.last_update_us is None else as_ids(delta.last_update_us, "last_update_us")
-        waiting = as_ids(delta.candidate_keys, "candidate_keys")
-        self.erase(as_ids(delta.tombstones, "tombstones"))
-        self._table.upsert(keys, weights, state, times, delta.counts, None, self._threads())
-        self._table.put_candidates(waiting, delta.candidates)
+        """Replays an export of a table with the same settings; the changed rows are then equal to the bit.
+
+        ValueError or TypeError for what does not fit: nothing has changed. MemoryError: a part may be done; apply it
+        again.
+        """
+        self._table.apply_delta(
+            as_ids(delta.tombstones, "tombstones"),
+            as_ids(delta.keys, "keys"),
+            as_floats(delta.weights, "weights"),
+            None if delta.state is None else as_floats(delta.state, "state"),
+            None if delta.last_update_us is None else as_ids(delta.last_update_us, "last_update_us"),
+            delta.counts,
+            as_ids(delta.candidate_keys, "candidate_keys"),
+            delta.candidates,
+            self._threads(),
+        )
 
     def drop_tombstones(self, up_to_epoch: int) -> int:
         """Forgets tombstones of closed epochs <= up_to_epoch (all readers have them). Returns how many."""
@@ -297,7 +338,11 @@ class EmbeddingTable(torch.nn.Module):
             since, new = self._consumers[consumer], consumer in self._newcomers
         epoch = self.advance_epoch()
         delta = self.export_delta(since)
-        return (replace(self.export_all(), tombstones=delta.tombstones) if new else delta), epoch
+        if not new:
+            return delta, epoch
+        everything = self.export_all()  # what came back since the delta was taken is no longer gone
+        gone = np.setdiff1d(delta.tombstones, everything.keys, assume_unique=True)
+        return replace(everything, tombstones=gone), epoch
 
     def acknowledge(self, consumer: str, epoch: int) -> None:
         """The consumer has all up to that epoch; tombstones that every consumer has are dropped."""
@@ -309,6 +354,25 @@ class EmbeddingTable(torch.nn.Module):
             everyone = min(self._consumers.values())
         if everyone > 0:
             self.drop_tombstones(everyone)
+
+    def unsubscribe(self, consumer: str) -> None:
+        """The consumer is gone for good: tombstones wait for it no longer. KeyError for an unknown consumer."""
+        with self._consumers_lock:
+            del self._consumers[consumer]
+            self._newcomers.discard(consumer)
+            everyone = min(self._consumers.values(), default=0)
+        if everyone > 0:
+            self.drop_tombstones(everyone)
+
+    def progress(self) -> UInt64Array:
+        """[4]: what training on from here depends on beside rows and candidates. Updates, two cursors, the clock."""
+        return np.array([self._table.progress()[name] for name in _PROGRESS], np.uint64)
+
+    def start_from(self, progress: UInt64Array) -> None:
+        """As another table's `progress` was, before its rows are replayed. ValueError unless this table is empty."""
+        known = dict(zip(_PROGRESS, progress.tolist(), strict=True))
+        nothing, never = np.empty(0, np.int64), np.empty(0, np.uint32)
+        freshet_table.begin_restore(self._table, {**known, "epoch": 1, "dropped_to": 0}, nothing, never)
 
     def stats(self) -> dict[str, int]:
         """rows, candidates, tombstones, row_bytes, overhead_bytes, and totals of what was done, refused and removed."""

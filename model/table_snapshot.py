@@ -147,13 +147,16 @@ def _joined(readers: list[SnapshotReader]) -> SnapshotManifest:
             raise BadInput(f"{both} differ in {different}; name parts of one table")
         if any(first.progress[name] != other.progress[name] for name in ("epoch", "updates")):
             raise BadInput(f"{both} were not taken after the same update; name snapshots of one moment")
-    newest = {name: max(m.progress[name] for m in manifests) for name in ("clock", "dropped_to")}
+    clock = max(m.progress["clock"] for m in manifests)
     consumers: dict[str, int] = {}
     for name, epoch in (item for m in manifests for item in m.consumers.items()):
         consumers[name] = min(epoch, consumers.get(name, epoch))
     known_to_all = consumers.keys() & set.intersection(*(set(m.consumers) - set(m.newcomers) for m in manifests))
     newcomers = tuple(sorted(consumers.keys() - known_to_all))
-    return replace(first, progress={**first.progress, **newest}, consumers=consumers, newcomers=newcomers)
+    # A part may have dropped tombstones that a consumer of another part still waits for: it has those of the first.
+    dropped_to = min([max(m.progress["dropped_to"] for m in manifests), *consumers.values()])
+    progress = {**first.progress, "clock": clock, "dropped_to": dropped_to}
+    return replace(first, progress=progress, consumers=consumers, newcomers=newcomers)
 
 
 Part = tuple[SnapshotReader, int, Block]

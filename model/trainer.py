@@ -13,15 +13,16 @@ from torch import Tensor
 
 from components.errors import BadInput, FreshetError
 from model.dataset import SequenceDataset
-from model.inputs import MICROSECONDS, UserEvents
+from model.inputs import MICROSECONDS, NO_EVENT, UserEvents
 from model.precision import training_precision
 from model.sequence_model import SequenceModel
 from model.stochastic_length import StochasticLength
 from model.table import EmbeddingTable, TableDelta
 
+PROGRESS = "/table_progress"
 CONTINUAL = -1
 """The epoch of a continual pass, for what is drawn per epoch."""
-ROW_PARTS = ("keys", "weights", "state", "last_update_us")
+ROW_PARTS = ("keys", "weights", "state", "last_update_us", "counts", "candidate_keys", "candidates")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class Trainer:
         on_step: Callable[[Step], None] | None = None,
         start: int = 0,
     ) -> dict[str, float]:
-        """Train; returns the mean loss of the last epoch, and the counts of steps, targets and clipped steps.
+        """Train; returns the mean loss of the last epoch, and the counts of steps and targets.
+
+        An event counts towards admission in the first epoch alone, unless each epoch draws other events. At the end
+        no table has rows that have outlived its time to live.
 
         continual: one pass in event order at the continual learning rates. epochs: instead of the config's.
         start: number of batches of this call already done (resume after export_state, same dataset and settings).
@@ -88,6 +92,8 @@ class Trainer:
             losses.append((epoch, report.loss, report.targets))
             if on_step is not None:
                 on_step(report)
+        for table in self.model.tables().values():
+            table.expire_stale()
         last = [(loss, n) for epoch, loss, n in losses if epoch == plan[-1][0]] if plan else []
         seen = sum(n for _, n in last)
         loss = sum(value * n for value, n in last) / seen if seen else float("nan")
@@ -110,6 +116,9 @@ class Trainer:
         keep_new = epoch == CONTINUAL or self.model.config.per_request()
         return self.lengths.cut_all(users, epoch, keep_new=keep_new)
 
+    def _draws_events(self) -> bool:
+        return self.lengths is not None or self.model.config.generative_sampling
+
     def _pace(self, done: int, total: int) -> float:
         """Factor of the learning rates in pretraining: linear warm-up, then linear decay to final_lr."""
         c = self.model.config
@@ -119,6 +128,8 @@ class Trainer:
     def _train_batch(self, users: list[UserEvents], continual: bool, pace: float, place: tuple[int, int, int]) -> Step:
         started = time.perf_counter()
         tokens = self.model.tokens(users)
+        if place[0] > 0 and not self._draws_events():
+            tokens.event_us.fill_(NO_EVENT)
         tables = self.model.tables()
         with torch.random.fork_rng(devices=[]), training_precision(self.model):
             torch.manual_seed((self.model.config.seed << 32) + self.step)  # dropout is a function of the step
@@ -188,29 +199,37 @@ class Trainer:
                 p.copy_(tensors[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """State of the dense optimiser as '<parameter>/<moment>', and the trainer's step."""
+        """State of the dense optimiser as '<parameter>/<moment>', the trainer's step and how far each table is."""
         state = {"trainer/step": torch.tensor(self.step, dtype=torch.int64)}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 state[f"{name}/{key}"] = value.detach().cpu().clone()
+        for slot, table in self.model.tables().items():
+            state[f"{slot}{PROGRESS}"] = torch.from_numpy(table.progress().view(np.int64))
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of optimizer_state. Raises BadInput for names that are no parameter of this model."""
+        """Inverse of optimizer_state, for empty tables. Raises BadInput for names that are no parameter of this model.
+
+        A state of before the progress of tables was kept has none: then they begin as new ones.
+        """
         self.step = int(state["trainer/step"])
         self.optimizer.state.clear()
         for full, value in state.items():
             name, _, key = full.rpartition("/")
-            if full == "trainer/step":
+            if full == "trainer/step" or full.endswith(PROGRESS):
                 continue
             if name not in self.parameters:
                 raise BadInput(f"optimiser state for an unknown parameter {name}; use the config it was made with")
             parameter = self.parameters[name]
             place = value.device if key == "step" else parameter.device  # Adam counts its steps on the host
             self.optimizer.state[parameter][key] = value.to(place, copy=True)
+        for slot, table in self.model.tables().items():
+            if (progress := state.get(f"{slot}{PROGRESS}")) is not None:
+                table.start_from(progress.numpy().view(np.uint64))
 
     def export_state(self) -> dict[str, Tensor]:
-        """Everything training depends on: dense/, optimizer/, tables/<slot>/{keys,weights,state,last_update_us}."""
+        """Everything training depends on: dense/, optimizer/, tables/<slot>/<part> of ROW_PARTS."""
         state = {f"dense/{name}": value for name, value in self.dense().items()}
         state |= {f"optimizer/{name}": value for name, value in self.optimizer_state().items()}
         for slot, table in self.model.tables().items():
@@ -221,10 +240,10 @@ class Trainer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of export_state, into a model of the same config with empty tables."""
+        if full := [slot for slot, table in self.model.tables().items() if len(table)]:
+            raise BadInput(f"{', '.join(full)} already have rows; load a state into a new model")
         self.load_dense({name[6:]: value for name, value in state.items() if name.startswith("dense/")})
         self.load_optimizer_state({name[10:]: v for name, v in state.items() if name.startswith("optimizer/")})
         for slot, table in self.model.tables().items():
-            if len(table):
-                raise BadInput(f"table {slot} already has rows; load a state into a new model")
             parts = {key: state[f"tables/{slot}/{key}"].numpy() for key in ROW_PARTS}
             table.apply_delta(TableDelta(tombstones=np.zeros(0, dtype=np.int64), **parts))

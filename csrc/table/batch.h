@@ -12,14 +12,16 @@
 namespace freshet {
 
 inline constexpr std::uint32_t kNoSum = 0xffffffffU;
+inline constexpr std::uint32_t kNowhere = 0xffffffffU;
 
 // Made in place: a temporary that is copied as a whole right after its parts were stored waits for each of these stores.
 struct EmbeddingTable::Item {
   explicit Item(std::int64_t of) noexcept : id(of) {}
   std::int64_t id;
-  std::uint32_t position = 0;     // in the batch: first occurrence (of upsert: the last)
-  std::uint32_t occurrences = 0;
-  std::uint32_t sum = kNoSum;     // row of Group::sums, or kNoSum: the gradient at `position` is the whole sum
+  std::uint32_t position = kNowhere;  // in the batch: first occurrence (of upsert: the last)
+  std::uint32_t events = 0;           // that its occurrences stand for
+  std::uint32_t sum = kNoSum;         // row of Group::sums, or kNoSum: the gradient at `position` is the whole sum
+  Seconds seen = 0;                   // the newest of its events
 };
 
 // An item without a row.
@@ -42,7 +44,7 @@ struct EmbeddingTable::Group {
   std::vector<Newcomer> newcomers;    // found while the rows of the others were written
 
   void clear(std::size_t ids, std::size_t shards);
-  Item& item_of(std::int64_t id, std::uint64_t hash);  // added with occurrences 0 if it is new
+  Item& item_of(std::int64_t id, std::uint64_t hash);  // added, nowhere yet, if it is new
 
  private:
   void grow();

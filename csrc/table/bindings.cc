@@ -106,13 +106,14 @@ Floats find_or_insert(EmbeddingTable& table, const Ids& ids, std::size_t threads
 }
 
 std::size_t apply_gradients(EmbeddingTable& table, const Ids& ids, const Floats& grads,
-                            const std::optional<Array<std::uint32_t>>& row, const std::optional<Floats>& scale, float lr,
+                            const std::optional<Array<std::uint32_t>>& row, const std::optional<Floats>& scale,
+                            const std::optional<Array<std::uint32_t>>& events, const std::optional<Ids>& event_us, float lr,
                             std::int64_t now_us, std::size_t threads) {
   const std::size_t n = length(ids, "ids");
   if (grads.ndim() != 2) throw std::invalid_argument("grads must have two dimensions");
   const auto grad_rows = static_cast<std::size_t>(grads.shape(0));
   check_shape(grads, row ? grad_rows : n, table.dim(), "grads");
-  EmbeddingTable::Gradients gradients{grads.data(), grad_rows, nullptr, nullptr};
+  EmbeddingTable::Gradients gradients{grads.data(), grad_rows};
   if (row) {
     if (length(*row, "row") != n) throw std::invalid_argument("row must have one entry per id");
     gradients.row = row->data();
@@ -124,14 +125,22 @@ std::size_t apply_gradients(EmbeddingTable& table, const Ids& ids, const Floats&
     if (length(*scale, "scale") != n) throw std::invalid_argument("scale must have one entry per id");
     gradients.scale = scale->data();
   }
+  if (events) {
+    if (!event_us || length(*events, "events") != n || length(*event_us, "event_us") != n) {
+      throw std::invalid_argument("events and event_us must have one entry per id");
+    }
+    gradients.events = events->data();
+    gradients.event_us = event_us->data();
+  }
   const std::int64_t* in = ids.data();
   const Release release;
   return table.apply_gradients(in, n, gradients, lr, now_us, threads);
 }
 
-std::size_t upsert(EmbeddingTable& table, const Ids& ids, const Floats& weights, const std::optional<Floats>& state,
-                   const std::optional<Ids>& last_update_us, const std::optional<Array<std::uint16_t>>& counts,
-                   const std::optional<Array<std::uint32_t>>& dirty_epochs, std::size_t threads) {
+EmbeddingTable::Rows rows_of(const EmbeddingTable& table, const Ids& ids, const Floats& weights,
+                             const std::optional<Floats>& state, const std::optional<Ids>& last_update_us,
+                             const std::optional<Array<std::uint16_t>>& counts,
+                             const std::optional<Array<std::uint32_t>>& dirty_epochs) {
   const std::size_t n = length(ids, "ids");
   check_shape(weights, n, table.dim(), "weights");
   if (state) check_shape(*state, n, table.state_dim(), "state");
@@ -141,12 +150,37 @@ std::size_t upsert(EmbeddingTable& table, const Ids& ids, const Floats& weights,
   check_length(last_update_us, "last_update_us");
   check_length(counts, "counts");
   check_length(dirty_epochs, "dirty_epochs");
-  const EmbeddingTable::Rows rows{weights.data(), state ? state->data() : nullptr,
-                                  last_update_us ? last_update_us->data() : nullptr, counts ? counts->data() : nullptr,
-                                  dirty_epochs ? dirty_epochs->data() : nullptr};
+  return {weights.data(), state ? state->data() : nullptr, last_update_us ? last_update_us->data() : nullptr,
+          counts ? counts->data() : nullptr, dirty_epochs ? dirty_epochs->data() : nullptr};
+}
+
+std::size_t upsert(EmbeddingTable& table, const Ids& ids, const Floats& weights, const std::optional<Floats>& state,
+                   const std::optional<Ids>& last_update_us, const std::optional<Array<std::uint16_t>>& counts,
+                   const std::optional<Array<std::uint32_t>>& dirty_epochs, std::size_t threads) {
+  const EmbeddingTable::Rows rows = rows_of(table, ids, weights, state, last_update_us, counts, dirty_epochs);
+  const std::size_t n = length(ids, "ids");
   const std::int64_t* in = ids.data();
   const Release release;
   return table.upsert(in, n, rows, threads);
+}
+
+// All is checked before anything is changed.
+void apply_delta(EmbeddingTable& table, const Ids& tombstones, const Ids& keys, const Floats& weights,
+                 const std::optional<Floats>& state, const std::optional<Ids>& last_update_us,
+                 const std::optional<Array<std::uint16_t>>& counts, const Ids& candidate_keys,
+                 const Array<std::uint32_t>& candidates, std::size_t threads) {
+  const EmbeddingTable::Rows rows = rows_of(table, keys, weights, state, last_update_us, counts, std::nullopt);
+  const std::size_t n = length(keys, "keys"), c = length(candidate_keys, "candidate_keys"),
+                    m = length(tombstones, "tombstones");
+  if (length(candidates, "candidates") != c) throw std::invalid_argument("candidates must have one entry per key");
+  const std::int64_t *gone = tombstones.data(), *in = keys.data(), *waiting = candidate_keys.data();
+  const std::uint32_t* words = candidates.data();
+  const Release release;
+  table.check_rows(n, rows);
+  table.check_candidates(c);
+  table.erase(gone, m);
+  table.upsert(in, n, rows, threads);
+  table.put_candidates(waiting, c, words);
 }
 
 void put_candidates(EmbeddingTable& table, const Ids& ids, const Array<std::uint32_t>& words) {
@@ -158,11 +192,12 @@ void put_candidates(EmbeddingTable& table, const Ids& ids, const Array<std::uint
   table.put_candidates(in, n, w);
 }
 
-void touch(EmbeddingTable& table, const Ids& ids, std::int64_t now_us) {
+void touch(EmbeddingTable& table, const Ids& ids, const Ids& now_us) {
   const std::size_t n = length(ids, "ids");
-  const std::int64_t* in = ids.data();
+  if (length(now_us, "now_us") != n) throw std::invalid_argument("now_us must have one entry per id");
+  const std::int64_t *in = ids.data(), *times = now_us.data();
   const Release release;
-  table.touch(in, n, now_us);
+  table.touch(in, n, times);
 }
 
 std::size_t erase(EmbeddingTable& table, const Ids& ids) {
@@ -202,6 +237,17 @@ py::tuple export_all(const EmbeddingTable& table) {
   return to_tuple(table, std::move(delta));
 }
 
+// What training on from here depends on, beside rows and candidates.
+py::dict progress(const EmbeddingTable& table) {
+  const EmbeddingTable::Progress p = [&] {
+    const Release release;
+    return table.progress();
+  }();
+  using namespace py::literals;
+  return py::dict("updates"_a = p.updates, "sweep_at"_a = p.sweep_at, "eviction_at"_a = p.eviction_at,
+                  "clock"_a = p.clock);
+}
+
 py::dict stats(const EmbeddingTable& table) {
   TableStats s;
   {
@@ -237,15 +283,22 @@ PYBIND11_MODULE(freshet_table, m) {
            py::arg("missing_initial"), py::arg("threads"))
       .def("find_or_insert", &find_or_insert, py::arg("ids").noconvert(), py::arg("threads"))
       .def("apply_gradients", &apply_gradients, py::arg("ids").noconvert(), py::arg("grads").noconvert(),
-           py::arg("row").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("lr"),
+           py::arg("row").noconvert().none(true), py::arg("scale").noconvert().none(true),
+           py::arg("events").noconvert().none(true), py::arg("event_us").noconvert().none(true), py::arg("lr"),
            py::arg("now_us"), py::arg("threads"))
       .def("upsert", &upsert, py::arg("ids").noconvert(), py::arg("weights").noconvert(),
            py::arg("state").noconvert().none(true), py::arg("last_update_us").noconvert().none(true),
            py::arg("counts").noconvert().none(true), py::arg("dirty_epochs").noconvert().none(true), py::arg("threads"))
       .def("put_candidates", &put_candidates, py::arg("ids").noconvert(), py::arg("words").noconvert())
-      .def("touch", &touch, py::arg("ids").noconvert(), py::arg("now_us"))
+      .def("apply_delta", &apply_delta, py::arg("tombstones").noconvert(), py::arg("keys").noconvert(),
+           py::arg("weights").noconvert(), py::arg("state").noconvert().none(true),
+           py::arg("last_update_us").noconvert().none(true), py::arg("counts").noconvert().none(true),
+           py::arg("candidate_keys").noconvert(), py::arg("candidates").noconvert(), py::arg("threads"))
+      .def("touch", &touch, py::arg("ids").noconvert(), py::arg("now_us").noconvert())
       .def("erase", &erase, py::arg("ids").noconvert())
       .def("expire", &EmbeddingTable::expire, py::arg("before_us"), release)
+      .def("expire_stale", &EmbeddingTable::expire_stale, release)
+      .def("progress", &progress)
       .def("advance_epoch", &EmbeddingTable::advance_epoch, release)
       .def("export_delta", &export_delta, py::arg("since_epoch"))
       .def("export_all", &export_all)

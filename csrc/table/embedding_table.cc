@@ -124,7 +124,8 @@ EmbeddingTable::Progress EmbeddingTable::progress() const {
 void EmbeddingTable::begin_restore(const Progress& progress, Epoch dropped_to, const std::int64_t* tombstones,
                                    const Epoch* tombstone_epochs, std::size_t n) {
   const std::lock_guard<std::mutex> lock(write_mutex_);
-  if (size() != 0) throw std::invalid_argument("a snapshot can be restored into an empty table only");
+  const bool empty = std::all_of(shards_.begin(), shards_.end(), [](const auto& s) { return s->index().size() == 0; });
+  if (!empty) throw std::invalid_argument("a snapshot can be restored into an empty table only");
   if (progress.epoch < 1 || dropped_to >= progress.epoch) throw std::invalid_argument("the snapshot's epochs are damaged");
   std::vector<std::pair<Epoch, std::int64_t>> by_epoch;
   for (std::size_t i = 0; i < n; ++i) by_epoch.emplace_back(tombstone_epochs[i], tombstones[i]);

@@ -104,7 +104,7 @@ class EmbeddingTable {
 
   // Writing
 
-  // As lookup, after giving every absent id a fresh row, whatever the admission. Returns how many rows are new.
+  // As lookup, after giving every absent id a fresh row, whatever the admission and max_rows. Returns how many are new.
   std::size_t find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads);
 
   // One optimiser update per distinct id, with the gradients of its occurrences summed in order; absent ids that are
@@ -117,6 +117,11 @@ class EmbeddingTable {
     std::size_t grad_rows;
     const std::uint32_t* row = nullptr;  // [n]
     const float* scale = nullptr;        // [n]
+    // How many events of its id position i stands for (0: none, as a sampled negative), and when the newest was. They
+    // decide admission and expiry; an id without any in the batch has its row updated, and without a row gets none where
+    // ids are admitted or expire. Both nullptr: one event each, at now_us. event_us below 0: std::invalid_argument.
+    const std::uint32_t* events = nullptr;   // [n]
+    const std::int64_t* event_us = nullptr;  // [n]
   };
   std::size_t apply_gradients(const std::int64_t* ids, std::size_t n, const Gradients& gradients, float lr,
                               std::int64_t now_us, std::size_t threads);
@@ -131,19 +136,24 @@ class EmbeddingTable {
     const std::uint32_t* dirty_epochs = nullptr;   // [n]; of a snapshot that is restored; nullptr: the open epoch
   };
   std::size_t upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads);
+  // std::invalid_argument for what upsert or put_candidates would refuse.
+  void check_rows(std::size_t n, const Rows& rows) const;
+  void check_candidates(std::size_t n) const;
 
   // Makes ids[n] candidates with the words that an export gave (std::bad_alloc: some of them); ids with a row are left alone. std::invalid_argument for
   // a table without an admission threshold.
   void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
 
-  // Marks the rows of ids as seen at now_us, if ttl_on_access. std::bad_alloc: some of them are, some are not.
-  void touch(const std::int64_t* ids, std::size_t n, std::int64_t now_us);
+  // Marks the row of ids[i] as seen at now_us[i] (0 = unknown), if ttl_on_access. std::bad_alloc: some are, some are not.
+  void touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us);
 
   // Removes rows and candidates; rows leave tombstones. Absent ids are ignored. Returns the rows removed.
   std::size_t erase(const std::int64_t* ids, std::size_t n);
 
   // Erases at once all rows last seen before before_us (a time unknown counts as never expiring), down to min_rows.
   std::size_t expire(std::int64_t before_us);
+  // Erases at once all that the sweep would come to: for a table that is saved before its round is complete.
+  std::size_t expire_stale();
 
   // Deltas
 
@@ -197,12 +207,14 @@ class EmbeddingTable {
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
 
   // A writing batch: collect, write the rows that are there, judge the newcomers, carry the verdicts out.
-  void collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, std::size_t threads);
-  void collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients, std::size_t threads);
+  void collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, Seconds now, std::size_t threads);
+  void collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients, Seconds now,
+                       std::size_t threads);
+  static void add_events(Item& item, const Gradients& gradients, std::size_t i, Seconds now) noexcept;
   static void add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim);
   template <typename Write>
   std::size_t write_rows(Group& group, const Write& write) noexcept;
-  std::size_t update_rows(Group& group, const Gradients& gradients, float lr, Seconds now) noexcept;
+  std::size_t update_rows(Group& group, const Gradients& gradients, float lr) noexcept;
   void update_fresh(const Group& group, const Item& item, const Gradients& gradients, float lr,
                     float* floats) const noexcept;
   void list_newcomers(Group& group);
@@ -210,12 +222,12 @@ class EmbeddingTable {
   std::size_t judge();
   void send_for_places(const Group& group, std::size_t i) const noexcept;
   template <typename Write>
-  std::size_t carry_out(Seconds now, std::size_t threads, const Write& write);
+  std::size_t carry_out(std::size_t threads, const Write& write);
   template <typename Fill>
   void insert_row(const Item& item, Newcomer& newcomer, const Fill& fill);
   void init_floats(std::int64_t id, float* floats) const noexcept;
   void put_row(const Rows& rows, std::size_t i, RowMeta& meta, float* floats) const noexcept;
-  void count_candidate(const Item& item, Newcomer& newcomer, Seconds now);
+  void count_candidate(const Item& item, Newcomer& newcomer);
   void keep_candidate(std::int64_t id, const Newcomer& newcomer) const noexcept;
   void roll_back() noexcept;
   void undo(std::int64_t id, const Newcomer& newcomer) noexcept;

@@ -10,6 +10,7 @@ namespace freshet {
 namespace {
 
 constexpr std::size_t kWorthThreads = 2048;  // ids below which a batch is not split
+constexpr std::uint64_t kMostEvents = 0x7fffffff;  // more than a threshold or a row's count can be
 constexpr double kTwoTo53 = 9007199254740992.0;
 
 }  // namespace
@@ -50,7 +51,8 @@ void EmbeddingTable::Group::grow() {
 }
 
 // Fills the groups with the distinct ids and the sums of their gradients, and makes room in the logs. No row is touched.
-void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, std::size_t threads) {
+void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, Seconds now,
+                             std::size_t threads) {
   if (n > kNoSum / 2) throw std::invalid_argument("a batch may have at most 2^31 ids; split it");
   active_groups_ = n < kWorthThreads ? 1 : std::max<std::size_t>(1, std::min<std::size_t>(threads, config_.shards));
   parallel_for(active_groups_, threads, [&](std::size_t g) {
@@ -60,17 +62,26 @@ void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradi
       const std::uint64_t hash = hash_id(ids[i]);
       if (active_groups_ > 1 && shard_index(hash) % active_groups_ != g) continue;
       Item& item = group.item_of(ids[i], hash);
-      if (++item.occurrences == 1) ++group.items_of_shard[shard_index(hash)];
-      if (gradients == nullptr || item.occurrences == 1) item.position = static_cast<std::uint32_t>(i);
-      if (gradients != nullptr && (item.occurrences > 1 || gradients->scale != nullptr)) {
-        add_gradient(group, item, *gradients, i, config_.dim);
-      }
+      const bool is_new = item.position == kNowhere;
+      if (is_new) ++group.items_of_shard[shard_index(hash)];
+      if (gradients == nullptr || is_new) item.position = static_cast<std::uint32_t>(i);
+      if (gradients == nullptr) continue;
+      add_events(item, *gradients, i, now);
+      if (!is_new || gradients->scale != nullptr) add_gradient(group, item, *gradients, i, config_.dim);
     }
     group.newcomers.reserve(group.items.size());
     for (std::size_t s = 0; s < shards_.size(); ++s) {
       if (group.items_of_shard[s] != 0) shards_[s]->reserve_changes(epoch(), group.items_of_shard[s]);
     }
   });
+}
+
+void EmbeddingTable::add_events(Item& item, const Gradients& gradients, std::size_t i, Seconds now) noexcept {
+  const bool counted = gradients.events != nullptr;
+  const std::uint64_t events = counted ? gradients.events[i] : 1;
+  if (events == 0) return;
+  item.events = static_cast<std::uint32_t>(std::min<std::uint64_t>(item.events + events, kMostEvents));
+  item.seen = std::max(item.seen, counted ? to_seconds(gradients.event_us[i]) : now);
 }
 
 // Adds the gradient of position i to the item's sum, which begins with that of the first occurrence.
@@ -97,17 +108,21 @@ FRESHET_CLONES void EmbeddingTable::add_gradient(Group& group, Item& item, const
   for (std::size_t j = 0; j < dim; ++j) sum[j] += by * gradient[j];
 }
 
-// Whether an id without a row gets one now.
+// Whether an id without a row gets one now. What is no event, a negative, makes a row only where each id has its row at
+// once and for good: it would bring back what has expired.
 Verdict EmbeddingTable::admit(const Item& item, const Newcomer& newcomer) const noexcept {
+  if (item.events == 0) {
+    return config_.admission == Admission::kAll && config_.ttl_us == 0 ? Verdict::kInsert : Verdict::kRefuse;
+  }
   switch (config_.admission) {
     case Admission::kAll: return Verdict::kInsert;
     case Admission::kThreshold: {
       const std::uint32_t before = newcomer.was_candidate ? Candidate::from(newcomer.word).count : 0;
-      return before + item.occurrences >= config_.threshold ? Verdict::kInsert : Verdict::kCandidate;
+      return before + item.events >= config_.threshold ? Verdict::kInsert : Verdict::kCandidate;
     }
     case Admission::kProbability: {
       const std::uint64_t draw = mix64(mix64(init_key_ ^ hash_id(item.id)) + updates_ * kGolden);
-      const double refused = power(1.0 - config_.probability, item.occurrences);
+      const double refused = power(1.0 - config_.probability, item.events);
       return static_cast<double>(draw >> 11) / kTwoTo53 < 1.0 - refused ? Verdict::kInsert : Verdict::kRefuse;
     }
   }
@@ -133,15 +148,15 @@ std::size_t EmbeddingTable::judge() {
   return wanted.size() - room;
 }
 
-void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer, Seconds now) {
+void EmbeddingTable::count_candidate(const Item& item, Newcomer& newcomer) {
   const std::uint64_t hash = hash_id(item.id);
   Shard& shard = shard_of(hash);
   keep_candidate(item.id, newcomer);
   const Candidate before = newcomer.was_candidate ? Candidate::from(newcomer.word) : Candidate{0, 0};
-  const bool newer = !newcomer.was_candidate || (now != 0 && (before.hour == 0 || before.age_hours(now) < 0x8000));
-  const std::uint32_t hour = newer ? Candidate::hour_of(now) : before.hour;
+  const bool newer = !newcomer.was_candidate || (item.seen != 0 && !before.is_after(item.seen));
+  const std::uint32_t hour = newer ? Candidate::hour_of(item.seen) : before.hour;
   const Index::Place place = newcomer.was_candidate ? shard.index().locate(item.id, hash) : Index::Place{nullptr, 0};
-  shard.put_candidate(place, item.id, hash, Candidate{before.count + item.occurrences, hour}.word());
+  shard.put_candidate(place, item.id, hash, Candidate{before.count + item.events, hour}.word());
   shard.dirty().note(item.id);
   newcomer.done = true;
 }

@@ -67,7 +67,7 @@ std::vector<Call> calls(std::size_t threads) {
        [=](EmbeddingTable& t) { t.put_candidates(kBatch.data(), kBatch.size(), kWords.data()); }},
       {"erase", Promise::kNothing, [](EmbeddingTable& t) { erase(t, kBatch); }},
       {"expire", Promise::kNothing, [](EmbeddingTable& t) { t.expire(9 * kHour); }},
-      {"touch", Promise::kSome, [](EmbeddingTable& t) { t.touch(kBatch.data(), kBatch.size(), 2 * kHour); }},
+      {"touch", Promise::kSome, [](EmbeddingTable& t) { t.touch(kBatch.data(), kBatch.size(), Ids(kBatch.size(), 2 * kHour).data()); }},
   };
 }
 

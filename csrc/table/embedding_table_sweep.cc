@@ -95,6 +95,13 @@ std::size_t EmbeddingTable::expire(std::int64_t before_us) {
   return expire_range(0, kLastHash, before, std::max(clock_, before));
 }
 
+std::size_t EmbeddingTable::expire_stale() {
+  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Reclaimer::Guard guard(reclaimer_);
+  const Seconds ttl = to_seconds(config_.ttl_us);
+  return ttl == 0 || clock_ <= ttl ? 0 : expire_range(0, kLastHash, clock_ - ttl, clock_);
+}
+
 // After an update: the next step of the sweep, and eviction while the table is too full.
 void EmbeddingTable::make_room() {
   try {
@@ -139,10 +146,13 @@ void EmbeddingTable::evict_neighbours() {
   eviction_at_ = last + 1;
 }
 
+void EmbeddingTable::check_candidates(std::size_t n) const {
+  if (n == 0 || config_.admission == Admission::kThreshold) return;
+  throw std::invalid_argument("only a table with an admission threshold has candidates; restore them into one");
+}
+
 void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words) {
-  if (n != 0 && config_.admission != Admission::kThreshold) {
-    throw std::invalid_argument("only a table with an admission threshold has candidates; restore them into one");
-  }
+  check_candidates(n);
   const std::lock_guard<std::mutex> writing(write_mutex_);
   const Reclaimer::Guard guard(reclaimer_);
   for (std::size_t i = 0; i < n; ++i) {
@@ -160,16 +170,19 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
   }
 }
 
-void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, std::int64_t now_us) {
-  if (now_us < 0) throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
-  if (!config_.ttl_on_access || now_us == 0) return;
+void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
+  if (std::any_of(now_us, now_us + n, [](std::int64_t us) { return us < 0; })) {
+    throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
+  }
+  if (!config_.ttl_on_access) return;
   const std::lock_guard<std::mutex> writing(write_mutex_);
   const Reclaimer::Guard guard(reclaimer_);
-  const Seconds now = to_seconds(now_us);
   SnapshotScan::RowKeeper keeper(snapshot_scan());
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint64_t hash = hash_id(ids[i]);
+    const Seconds now = to_seconds(now_us[i]);
     Shard& shard = shard_of(hash);
+    clock_ = std::max(clock_, now);
     const Index::Place place = shard.index().locate(ids[i], hash);
     if (place.bucket == nullptr || !is_row(place.bucket->at(place.slot))) continue;
     const Handle handle = place.bucket->at(place.slot);
@@ -181,7 +194,6 @@ void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, std::int64_t 
     meta.see(now);
     shard.mark_dirty(ids[i], meta, epoch());
   }
-  clock_ = std::max(clock_, now);
 }
 
 }  // namespace freshet

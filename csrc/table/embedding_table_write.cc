@@ -63,7 +63,7 @@ FRESHET_INLINE void EmbeddingTable::send_for_places(const Group& group, std::siz
 // Carries out the verdicts on the newcomers: fresh rows, written before anyone sees them, and candidates. All or nothing.
 // Returns the rows inserted.
 template <typename Write>
-std::size_t EmbeddingTable::carry_out(Seconds now, std::size_t threads, const Write& write) {
+std::size_t EmbeddingTable::carry_out(std::size_t threads, const Write& write) {
   std::atomic<std::size_t> inserted{0};
   try {
     parallel_for(active_groups_, threads, [&](std::size_t g) {
@@ -77,7 +77,7 @@ std::size_t EmbeddingTable::carry_out(Seconds now, std::size_t threads, const Wr
           insert_row(item, newcomer, [&](Shard& shard, RowMeta& meta, float* floats) { write(group, shard, item, meta, floats); });
           ++rows;
         } else if (newcomer.verdict == Verdict::kCandidate) {
-          count_candidate(item, newcomer, now);
+          count_candidate(item, newcomer);
         }
       }
       inserted.fetch_add(rows, std::memory_order_relaxed);
@@ -133,9 +133,9 @@ std::size_t EmbeddingTable::find_or_insert(const std::int64_t* ids, std::size_t 
     absent.push_back(ids[i]);
     weights.push_back(out + i * config_.dim);
   }
-  collect(absent.data(), absent.size(), nullptr, threads);
+  collect(absent.data(), absent.size(), nullptr, 0, threads);
   parallel_for(active_groups_, threads, [&](std::size_t g) { list_newcomers(*groups_[g]); });
-  return carry_out(clock_, threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
+  return carry_out(threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
     change_racy(floats, float_bytes(), [&](void* to) {
       copy_words(weights[item.position], weight_bytes(), to);
       init_state(config_.optimizer, config_.dim, static_cast<float*>(to) + config_.dim);
@@ -163,11 +163,21 @@ FRESHET_INLINE const float* gradient_of(const EmbeddingTable::Gradients& gradien
   return gradients.grads + (gradients.row != nullptr ? gradients.row[position] : position) * dim;
 }
 
+// 0 if there is none, or their times are those of the batch.
+Seconds newest_event(const EmbeddingTable::Gradients& gradients, std::size_t n) {
+  Seconds newest = 0;
+  for (std::size_t i = 0; gradients.events != nullptr && i < n; ++i) {
+    if (gradients.event_us[i] < 0) throw std::invalid_argument("event_us must be >= 0 (0 = unknown)");
+    if (gradients.events[i] != 0) newest = std::max(newest, to_seconds(gradients.event_us[i]));
+  }
+  return newest;
+}
+
 }  // namespace
 
 // One optimiser step per item with a row; the others become newcomers.
-FRESHET_CLONES std::size_t EmbeddingTable::update_rows(Group& group, const Gradients& gradients, float lr,
-                                                       Seconds now) noexcept {
+FRESHET_CLONES std::size_t EmbeddingTable::update_rows(Group& group, const Gradients& gradients,
+                                                       float lr) noexcept {
   const std::size_t dim = config_.dim, bytes = float_bytes();
   const OptimizerConfig optimizer = config_.optimizer;
   return write_rows(group, [&](Shard& shard, const Item& item, RowMeta& meta, float* floats)
@@ -176,8 +186,8 @@ FRESHET_CLONES std::size_t EmbeddingTable::update_rows(Group& group, const Gradi
     change_racy(floats, bytes, [&](void* to) __attribute__((always_inline)) {
       update_row(optimizer, dim, lr, gradient, static_cast<float*>(to));
     });
-    meta.see(now);
-    meta.add(item.occurrences);
+    meta.see(item.seen);
+    meta.add(item.events);
     shard.mark_dirty(item.id, meta, epoch());
   });
 }
@@ -194,24 +204,23 @@ std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t
                                             std::int64_t now_us, std::size_t threads) {
   if (!(lr >= 0 && lr <= kMaxLearningRate)) throw std::invalid_argument("lr must be between 0 and 1e6");
   if (now_us < 0) throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
+  const Seconds now = to_seconds(now_us), newest = std::max(now, newest_event(gradients, n));
   const std::lock_guard<std::mutex> writing(write_mutex_);
-  collect_checked(ids, n, gradients, threads);
-  const Seconds now = to_seconds(now_us);
+  collect_checked(ids, n, gradients, now, threads);
   std::atomic<std::size_t> updated{0}, newcomers{0};
   parallel_for(active_groups_, threads, [&](std::size_t g) {
-    updated.fetch_add(update_rows(*groups_[g], gradients, lr, now), std::memory_order_relaxed);
+    updated.fetch_add(update_rows(*groups_[g], gradients, lr), std::memory_order_relaxed);
     newcomers.fetch_add(groups_[g]->newcomers.size(), std::memory_order_relaxed);
   });
   counters_.updated.fetch_add(updated.load(), std::memory_order_relaxed);
   std::size_t inserted = 0;
   if (newcomers.load() != 0) {
     const std::size_t no_room = judge();
-    inserted = carry_out(now, threads, [&](const Group& group, Shard& shard, const Item& item, RowMeta& meta,
-                                           float* floats) {
+    inserted = carry_out(threads, [&](const Group& group, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
       init_floats(item.id, floats);
       update_fresh(group, item, gradients, lr, floats);
-      meta.see(now);
-      meta.add(item.occurrences);
+      meta.see(item.events != 0 ? item.seen : now);
+      meta.add(item.events);
       shard.mark_dirty(item.id, meta, epoch());
     });
     counters_.updated.fetch_add(inserted, std::memory_order_relaxed);
@@ -219,17 +228,17 @@ std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t
     counters_.refused_admission.fetch_add(newcomers.load() - inserted - no_room, std::memory_order_relaxed);
   }
   ++updates_;
-  clock_ = std::max(clock_, now);
+  clock_ = std::max(clock_, newest);
   make_room();
   return updated.load() + inserted;
 }
 
 // Collects, after proving that every gradient and every sum is finite; nothing was changed when one is not.
-void EmbeddingTable::collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients,
+void EmbeddingTable::collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients, Seconds now,
                                      std::size_t threads) {
   try {
     check_finite(gradients.grads, gradients.grad_rows * config_.dim, kMaxGradient, "gradient");
-    collect(ids, n, &gradients, threads);
+    collect(ids, n, &gradients, now, threads);
     for (std::size_t g = 0; g < active_groups_; ++g) {
       const std::vector<float>& sums = groups_[g]->sums;
       check_finite(sums.data(), sums.size(), kMaxGradient, "sum of the gradients of a repeated id");
@@ -240,7 +249,7 @@ void EmbeddingTable::collect_checked(const std::int64_t* ids, std::size_t n, con
   }
 }
 
-std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads) {
+void EmbeddingTable::check_rows(std::size_t n, const Rows& rows) const {
   check_finite(rows.weights, n * config_.dim, std::numeric_limits<float>::max(), "weight");
   for (std::size_t i = 0; i < n; ++i) {
     if (rows.state != nullptr && !state_valid(config_.optimizer.kind, config_.dim, rows.state + i * state_dim_)) {
@@ -251,8 +260,12 @@ std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const
       throw std::invalid_argument("last_update_us of row " + std::to_string(i) + " is negative; nothing was changed");
     }
   }
+}
+
+std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads) {
+  check_rows(n, rows);
   const std::lock_guard<std::mutex> writing(write_mutex_);
-  collect(ids, n, nullptr, threads);
+  collect(ids, n, nullptr, 0, threads);
   const auto put = [&](Shard& shard, const Item& item, RowMeta& meta, float* floats) {
     put_row(rows, item.position, meta, floats);
     if (rows.dirty_epochs != nullptr) {
@@ -263,7 +276,7 @@ std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const
   };
   parallel_for(active_groups_, threads, [&](std::size_t g) { write_rows(*groups_[g], put); });
   const std::size_t inserted =
-      carry_out(clock_, threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
+      carry_out(threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
         put(shard, item, meta, floats);
       });
   counters_.upserted.fetch_add(n, std::memory_order_relaxed);

@@ -25,11 +25,11 @@ inline std::int64_t to_microseconds(Seconds s) noexcept { return std::int64_t{s}
 struct RowMeta {
   std::atomic<Epoch> dirty_epoch;    // of the last change
   std::atomic<Seconds> last_seen;    // newest event that updated (or, by setting, read) the row
-  std::atomic<std::uint16_t> count;  // occurrences in updates; stays at its largest value
+  std::atomic<std::uint16_t> count;  // events in updates; stays at its largest value
   std::atomic<std::uint16_t> saved;  // number of the last snapshot that has the row (or that is older than the row)
 
-  void add(std::uint32_t occurrences) noexcept {
-    const std::uint32_t sum = count.load(std::memory_order_relaxed) + occurrences;
+  void add(std::uint32_t events) noexcept {
+    const std::uint32_t sum = count.load(std::memory_order_relaxed) + events;
     count.store(static_cast<std::uint16_t>(std::min<std::uint32_t>(sum, 0xffff)), std::memory_order_relaxed);
   }
   void see(Seconds now) noexcept {
@@ -38,7 +38,7 @@ struct RowMeta {
 };
 static_assert(sizeof(RowMeta) == 12, "bookkeeping is a promise: see TableStats::overhead_bytes");
 
-// An id that was seen but not admitted: how often, and in which hour (mod 2^16) last.
+// An id that was seen but not admitted: how often, and in which hour (mod 2^16) last; hour 0 = unknown.
 struct Candidate {
   static constexpr std::uint32_t kMaxCount = 0xffff;
 
@@ -47,9 +47,16 @@ struct Candidate {
 
   static Candidate from(std::uint32_t word) noexcept { return {word & 0xffffU, word >> 16}; }
   std::uint32_t word() const noexcept { return hour << 16 | count; }
-  static std::uint32_t hour_of(Seconds s) noexcept { return s / 3600 & 0xffffU; }
-  // Whole hours from its last occurrence to `now`.
-  std::uint32_t age_hours(Seconds now) const noexcept { return (hour_of(now) - hour) & 0xffffU; }
+  static std::uint32_t hour_of(Seconds s) noexcept {
+    const std::uint32_t hour = s / 3600 & 0xffffU;
+    return hour == 0 && s != 0 ? 1 : hour;
+  }
+  // Whether it was last seen later than at `now`: its hour, of which the upper bits are lost, is less than half of all before.
+  bool is_after(Seconds now) const noexcept { return hour != 0 && ((hour_of(now) - hour) & 0xffffU) >= 0x8000U; }
+  // Whole hours from its last event to `now`; 0 if that is unknown, or later.
+  std::uint32_t age_hours(Seconds now) const noexcept {
+    return hour == 0 || is_after(now) ? 0 : (hour_of(now) - hour) & 0xffffU;
+  }
 };
 
 // The 4 bytes that a candidate takes instead of a row.

@@ -57,22 +57,25 @@ class TableModel : public ModelRows {
       throw std::invalid_argument("refused");
     };
     std::for_each(g.grads, g.grads + g.grad_rows * dim(), check);
-    std::vector<Update> updates = sum_up(ids, n, g);
+    std::vector<Update> updates = sum_up(ids, n, g, to_seconds(now_us));
     for (const Update& update : updates) std::for_each(update.gradient.begin(), update.gradient.end(), check);
     const Seconds now = to_seconds(now_us);
     std::size_t updated = 0;
-    for (const Update& update : updates) {
-      if (rows_.count(update.id) == 0 && !admit(update, now)) continue;
+    for (Update& update : updates) {
+      const bool is_new = rows_.count(update.id) == 0;
+      if (is_new && !admit(update)) continue;
+      if (is_new && update.events == 0) update.seen = now;
       Row& row = rows_.at(update.id);
       update_row(config_.optimizer, dim(), lr, update.gradient.data(), row.floats.data());
-      row.seen = std::max(row.seen, now);
-      row.count = std::min<std::uint32_t>(row.count + update.occurrences, 0xffff);
+      row.seen = std::max(row.seen, update.seen);
+      row.count = std::min<std::uint32_t>(row.count + update.events, 0xffff);
       row.changed = epoch();
       ++updated;
     }
     stats_.updated += updated;
     ++updates_;
     clock_ = std::max(clock_, now);
+    for (const Update& update : updates) clock_ = std::max(clock_, update.events != 0 ? update.seen : 0);
     sweep();
     return updated;
   }
@@ -102,16 +105,16 @@ class TableModel : public ModelRows {
     }
   }
 
-  void touch(const std::int64_t* ids, std::size_t n, std::int64_t now_us) {
-    if (!config_.ttl_on_access || now_us == 0) return;
-    const Seconds now = to_seconds(now_us);
+  void touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
+    if (!config_.ttl_on_access) return;
     for (std::size_t i = 0; i < n; ++i) {
+      const Seconds now = to_seconds(now_us[i]);
+      clock_ = std::max(clock_, now);
       const auto row = rows_.find(ids[i]);
       if (row == rows_.end() || row->second.seen >= now) continue;
       row->second.seen = now;
       row->second.changed = epoch();
     }
-    clock_ = std::max(clock_, now);
   }
 
   std::size_t erase(const std::int64_t* ids, std::size_t n) {
@@ -130,21 +133,25 @@ class TableModel : public ModelRows {
   struct Update {
     std::int64_t id;
     Floats gradient;
-    std::uint32_t occurrences;
+    std::uint32_t events;
+    Seconds seen;
   };
 
-  std::vector<Update> sum_up(const std::int64_t* ids, std::size_t n, const EmbeddingTable::Gradients& g) const {
+  std::vector<Update> sum_up(const std::int64_t* ids, std::size_t n, const EmbeddingTable::Gradients& g,
+                             Seconds now) const {
     std::vector<Update> updates;  // in order of first occurrence
     std::unordered_map<std::int64_t, std::size_t> number;
     for (std::size_t i = 0; i < n; ++i) {
       const bool first = number.emplace(ids[i], updates.size()).second;
-      if (first) updates.push_back({ids[i], Floats(dim()), 0});
+      if (first) updates.push_back({ids[i], Floats(dim()), 0, 0});
       Update& update = updates[number[ids[i]]];
       for (std::size_t j = 0; j < dim(); ++j) {
         const float value = (g.scale ? g.scale[i] : 1.0F) * g.grads[(g.row ? g.row[i] : i) * dim() + j];
         update.gradient[j] = first ? value : update.gradient[j] + value;
       }
-      ++update.occurrences;
+      const std::uint32_t events = g.events != nullptr ? g.events[i] : 1;
+      update.events += events;
+      if (events != 0) update.seen = std::max(update.seen, g.events != nullptr ? to_seconds(g.event_us[i]) : now);
     }
     return updates;
   }
@@ -162,15 +169,20 @@ class TableModel : public ModelRows {
   }
 
   // Whether an id without a row has one now.
-  bool admit(const Update& update, Seconds now) {
+  bool admit(const Update& update) {
+    const bool expires = config_.ttl_us != 0;
+    if (update.events == 0 && (config_.admission != Admission::kAll || expires)) {
+      ++stats_.refused_admission;
+      return false;
+    }
     const auto candidate = waiting_.find(update.id);
     const bool waited = candidate != waiting_.end();
     if (config_.admission == Admission::kThreshold) {
-      const Candidate before = waited ? Candidate::from(candidate->second.word) : Candidate{0, Candidate::hour_of(now)};
-      if (before.count + update.occurrences < config_.threshold) {
-        const bool newer = now != 0 && (before.hour == 0 || before.age_hours(now) < 0x8000);
-        const std::uint32_t hour = newer ? Candidate::hour_of(now) : before.hour;
-        waiting_[update.id] = {Candidate{before.count + update.occurrences, hour}.word(), epoch()};
+      const std::uint32_t then = Candidate::hour_of(update.seen);
+      const Candidate before = waited ? Candidate::from(candidate->second.word) : Candidate{0, then};
+      if (before.count + update.events < config_.threshold) {
+        const bool newer = then != 0 && (before.hour == 0 || ((then - before.hour) & 0xffffU) < 0x8000U);
+        waiting_[update.id] = {Candidate{before.count + update.events, newer ? then : before.hour}.word(), epoch()};
         ++stats_.refused_admission;
         return false;
       }
@@ -191,7 +203,7 @@ class TableModel : public ModelRows {
     const std::uint64_t key = table_key(config_.seed, config_.slot_hash);
     const std::uint64_t bits = mix64(mix64(key ^ hash_id(update.id)) + updates_ * kGolden) >> 11;
     double none = 1.0;
-    for (std::uint32_t i = 0; i < update.occurrences; ++i) none *= 1.0 - config_.probability;
+    for (std::uint32_t i = 0; i < update.events; ++i) none *= 1.0 - config_.probability;
     return static_cast<double>(bits) * 0x1p-53 < 1.0 - none;
   }
 
@@ -220,8 +232,9 @@ class TableModel : public ModelRows {
     }
     for (const auto& [key, candidate] : waiting_) {
       const std::uint64_t hash = hash_id(key);
-      const std::uint64_t age = std::uint64_t{Candidate::from(candidate.word).age_hours(now)} * 3600;
-      if (hash >= from && hash <= to && age > std::uint64_t{now} - before + 3600) old.push_back(key);
+      const std::uint32_t hour = Candidate::from(candidate.word).hour, age = (Candidate::hour_of(now) - hour) & 0xffffU;
+      if (hour == 0 || age >= 0x8000U) continue;  // unknown, or later than now
+      if (hash >= from && hash <= to && std::uint64_t{age} * 3600 > std::uint64_t{now} - before + 3600) old.push_back(key);
     }
     std::sort(stale.begin(), stale.end());
     stale.resize(std::min(stale.size(), rows_.size() - std::min(rows_.size(), config_.min_rows)));

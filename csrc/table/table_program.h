@@ -18,7 +18,8 @@ struct Operation {
   Floats scale;                      // of kTrain, if not empty
   std::vector<std::uint32_t> row;    // of kTrain, if not empty
   Ids offsets;                       // of kPooled
-  Ids times;                         // of kUpsert
+  Ids times;                         // of kUpsert, kTouch and kTrain
+  std::vector<std::uint32_t> events; // of kTrain, if not empty
   std::vector<std::uint16_t> counts; // of kUpsert
   float lr = 0.1F;
   std::int64_t now_us = 0;
@@ -68,7 +69,8 @@ struct Execution {
       case Operation::Kind::kTrain: {
         const EmbeddingTable::Gradients gradients{op.values.data(), op.values.size() / table->dim(),
                                                   op.row.empty() ? nullptr : op.row.data(),
-                                                  op.scale.empty() ? nullptr : op.scale.data()};
+                                                  op.scale.empty() ? nullptr : op.scale.data(),
+                                                  op.events.empty() ? nullptr : op.events.data(), op.times.data()};
         return table->apply_gradients(ids, n, gradients, op.lr, op.now_us, threads);
       }
       case Operation::Kind::kUpsert: {
@@ -77,7 +79,7 @@ struct Execution {
       }
       case Operation::Kind::kErase: return table->erase(ids, n);
       case Operation::Kind::kExpire: return table->expire(op.now_us);
-      case Operation::Kind::kTouch: table->touch(ids, n, op.now_us); return 0;
+      case Operation::Kind::kTouch: table->touch(ids, n, op.times.data()); return 0;
       case Operation::Kind::kExport: return export_to(op, answer);
     }
     return 0;
@@ -114,6 +116,7 @@ class ProgramGenerator {
     const std::size_t n = below(10) == 0 ? 2000 + below(2500) : below(20) == 0 ? 0 : 1 + below(300);
     for (std::size_t i = 0; i < (op.kind == Kind::kErase ? n / 4 : n); ++i) op.ids.push_back(id());
     if (op.kind == Kind::kTrain) add_gradients(&op);
+    if (op.kind == Kind::kTouch) add_times(&op);
     if (op.kind == Kind::kUpsert) add_rows(&op);
     if (op.kind == Kind::kPooled) add_offsets(&op);
     return op;
@@ -139,11 +142,21 @@ class ProgramGenerator {
     if (below(3) == 0) {
       for (std::size_t i = 0; i < op->ids.size(); ++i) op->scale.push_back(value());
     }
+    if (below(2) == 0) {
+      for (std::size_t i = 0; i < op->ids.size(); ++i) op->events.push_back(static_cast<std::uint32_t>(below(3)));
+      add_times(op);
+    }
     op->values.resize(rows * dim_);
     std::generate(op->values.begin(), op->values.end(), [this] { return value(); });
     constexpr float kBad[] = {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 2e15F};
     if (below(20) == 0 && rows != 0) op->values[below(op->values.size())] = kBad[below(3)];
     op->lr = below(10) == 0 ? 0.0F : 0.05F * static_cast<float>(1 + below(4));
+  }
+
+  void add_times(Operation* op) {
+    for (std::size_t i = 0; i < op->ids.size(); ++i) {
+      op->times.push_back(below(8) == 0 ? 0 : now_ - static_cast<std::int64_t>(below(9)) * kHour);
+    }
   }
 
   void add_rows(Operation* op) {

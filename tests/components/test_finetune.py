@@ -278,3 +278,31 @@ def test_settings_of_the_form_that_a_model_does_not_have_are_not_its_own() -> No
     given = {"continual_table_lr": 0.2, "continual_bias_lr": 0.3}
     assert FinetuneConfig.model_validate({"model": "ranker", **given}).overrides() == given
     assert FinetuneConfig.model_validate({"model": "retriever", **given}).overrides() == {"continual_table_lr": 0.2}
+
+
+def test_windows_expire_and_refuse_rows_by_the_settings_of_the_version_and_say_how_many(
+    mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    where = {"root": f"file://{tmp_path}/store", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    published_version(where, "ranker", table_ttl_days="item=1", table_admission="author=60000")
+    result = learn(where, 3, users=6)
+    delta, time = reader_of(where).delta(1, with_state=True), day(3).start_us
+    rows = delta.tables["item"]
+    assert (
+        len(rows.tombstones) and rows.last_update_us is not None and rows.last_update_us.min() >= time - 86_400_000_000
+    )
+    assert not len(delta.tables["author"].keys) and delta.tables["author"].candidate_keys is not None
+    metrics = MlflowClient(tracking_uri=where["tracking_uri"]).get_run(result.run_id).data.metrics
+    assert metrics["expired_item"] == len(rows.tombstones) and metrics["refused_admission_author"] > 0
+    assert "expired_page" not in metrics
+
+
+def test_the_log_says_how_far_each_table_is(where: dict[str, Any]) -> None:
+    progress = [
+        reader_of(where).load(n, with_state=True).optimizer["item/table_progress"] for n in (0, learn(where, 1).n)
+    ]
+    updates, clock = zip(*((int(p[0]), int(p[3])) for p in progress), strict=True)
+    assert 0 < updates[0] < updates[1]
+    assert clock[0] * 1_000_000 < day(1).start_us <= clock[1] * 1_000_000 <= day(1).end_us

@@ -95,6 +95,11 @@ def seconds(us: int) -> int:
     return -(-us // 1_000_000)
 
 
+def hour_of(s: int) -> int:
+    """Of fewer than 2^16 hours; 0 = unknown."""
+    return max(1, s // 3600) if s else 0
+
+
 @dataclass
 class Row:
     weights: np.ndarray
@@ -168,52 +173,64 @@ class DictTable:
             row.seen, row.count, row.changed = seconds(times_us[i]), 0, self.epoch
         self.count("upserted", len(keys))
 
-    def apply_gradients(self, keys: list[int], grads: np.ndarray, lr: float, now_us: int) -> None:
+    def apply_gradients(
+        self, keys: list[int], grads: np.ndarray, lr: float, now_us: int, events: list[tuple[int, int]] | None = None
+    ) -> None:
+        """events: of each key, how many and the time of the newest; None: one at now_us."""
         now = seconds(now_us)
+        events = events or [(1, now_us)] * len(keys)
+        many = {key: sum(n for k, (n, _) in zip(keys, events, strict=True) if k == key) for key in keys}
+        seen = dict.fromkeys(keys, 0)
+        for key, (n, us) in zip(keys, events, strict=True):
+            seen[key] = max(seen[key], seconds(us)) if n else seen[key]
         sums: dict[int, np.ndarray] = {}
         for key, g in zip(keys, grads, strict=True):
             sums[key] = sums[key] + g if key in sums else g.copy()
         newcomers = [key for key in sums if key not in self.rows]
         for key in newcomers:
-            self.admit(key, keys.count(key), now)
+            self.admit(key, many[key], seen[key])
+            if not many[key]:
+                seen[key] = now  # a row that no event made is as old as its first update
         for key, g in sums.items():
             if key in self.rows:
                 row = self.rows[key]
                 update(self.get("optimizer", "adagrad"), row.weights, row.state, g, lr)
-                row.seen, row.changed = max(row.seen, now), self.epoch
-                row.count = min(row.count + keys.count(key), 2**16 - 1)
+                row.seen, row.changed = max(row.seen, seen[key]), self.epoch
+                row.count = min(row.count + many[key], 2**16 - 1)
                 self.count("updated")
         self.updates += 1
-        self.clock = max(self.clock, now)
+        self.clock = max(self.clock, now, *(seconds(us) for n, us in events if n))
         self.sweep()
         self.evict()
 
-    def admit(self, key: int, occurrences: int, now: int) -> None:
+    def admit(self, key: int, events: int, seen: int) -> None:
         threshold, probability = self.get("admission_threshold", 1), self.get("admission_probability", 1.0)
         candidate = self.candidates.get(key)
-        if threshold > 1 and (candidate.count if candidate else 0) + occurrences < threshold:
-            before = candidate or Candidate()
-            self.candidates[key] = Candidate(before.count + occurrences, max(before.hour, now // 3600), self.epoch)
+        if not events and (threshold > 1 or probability < 1 or self.get("ttl_us", 0)):
             self.count("refused_admission")
-        elif probability < 1 and not self.lucky(key, occurrences, probability):
+        elif threshold > 1 and (candidate.count if candidate else 0) + events < threshold:
+            before = candidate or Candidate()
+            self.candidates[key] = Candidate(before.count + events, max(before.hour, hour_of(seen)), self.epoch)
+            self.count("refused_admission")
+        elif probability < 1 and not self.lucky(key, events, probability):
             self.count("refused_admission")
         elif self.get("when_full", "refuse") == "refuse" and 0 < self.get("max_rows", 0) <= len(self.rows):
             self.count("refused_full")
         else:
             self.insert(key)
 
-    def lucky(self, key: int, occurrences: int, probability: float) -> bool:
+    def lucky(self, key: int, events: int, probability: float) -> bool:
         start = mix64(table_key(self.get("seed", 0), self.settings["slot"]) ^ hash_id(key))
         draw = mix64((start + self.updates * GOLDEN) & MASK)
-        return (draw >> 11) / 2.0**53 < 1.0 - (1.0 - probability) ** occurrences
+        return (draw >> 11) / 2.0**53 < 1.0 - (1.0 - probability) ** events
 
-    def touch(self, keys: list[int], now_us: int) -> None:
-        if not self.get("ttl_on_access", False) or now_us == 0:
+    def touch(self, keys: list[int], times_us: list[int]) -> None:
+        if not self.get("ttl_on_access", False):
             return
-        for key in set(keys) & self.rows.keys():
-            if self.rows[key].seen < seconds(now_us):
-                self.rows[key].seen, self.rows[key].changed = seconds(now_us), self.epoch
-        self.clock = max(self.clock, seconds(now_us))
+        for key, us in zip(keys, times_us, strict=True):
+            if key in self.rows and self.rows[key].seen < seconds(us):
+                self.rows[key].seen, self.rows[key].changed = seconds(us), self.epoch
+            self.clock = max(self.clock, seconds(us))
 
     # Removing
 
@@ -230,8 +247,8 @@ class DictTable:
         for key in inside[: max(0, len(self.rows) - self.get("min_rows", 0))]:
             self.remove(key, "expired")
         for key, candidate in list(self.candidates.items()):
-            age = (now // 3600 - candidate.hour) % 2**16
-            if hash_id(key) in hashes and age * 3600 > now - before + 3600:
+            age = hour_of(now) - candidate.hour
+            if candidate.hour and hash_id(key) in hashes and age * 3600 > now - before + 3600:
                 self.remove(key, "")
                 self.count("expired_candidates")
 

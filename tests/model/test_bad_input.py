@@ -144,3 +144,14 @@ def test_events_of_the_far_past_and_future_are_scored(ranker: Ranker) -> None:
     events = user(1, 12)
     far = dataclasses.replace(events, timestamp=events.timestamp - 10**17, known_at=events.known_at - 10**17)
     assert np.isfinite(ranker.score(far, IDS, 10**17)).all()
+
+
+@pytest.mark.parametrize("candidates", [np.array([1.5, 2.0]), np.array([2**64 - 1], np.uint64), np.array(["a"])])
+def test_candidates_that_are_no_int64_are_refused_and_not_rounded(ranker: Ranker, candidates: np.ndarray) -> None:
+    with pytest.raises(BadInput, match="whole numbers of at most 64 bits"):
+        ranker.score(user(1, 5), candidates, START)
+
+
+def test_a_first_new_interaction_below_zero_is_refused(ranker: Ranker) -> None:
+    with pytest.raises(BadInput, match="new_from is below 0"):
+        Trainer(ranker).fit(SequenceDataset(table([user(1, 5, new_from=-1)])))

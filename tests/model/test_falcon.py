@@ -19,6 +19,7 @@ from model.hstu import Hstu, HstuConfig
 from model.inputs import Queries, UserEvents
 from model.ranker import Ranker, RankerConfig, ScoreCache
 from model.scoring import score_tokens
+from model.serving_table import serving_copy
 from model.trainer import Trainer
 from tests.model.make import SECOND, START, catalogue, table, user
 
@@ -176,3 +177,16 @@ def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     for _ in range(2):
         np.testing.assert_allclose(model.score(history, IDS, NOW, cache=cache), expected, atol=1e-5)
     np.testing.assert_allclose(model.score(history, IDS, NOW), expected, atol=1e-5)
+
+
+def test_a_cache_made_before_a_serving_copy_was_fed_is_not_used() -> None:
+    trained, served = small(), small()
+    tables, history, cache = serving_copy(served), user(4, 12, 2), ScoreCache()
+    np.testing.assert_array_equal(served.score(history, IDS, NOW, cache=cache), trained.score(history, IDS, NOW))
+    ids = history.item_id
+    moved = np.random.default_rng(1).normal(size=(len(ids), tables["item"].dim)).astype(np.float32)
+    tables["item"].upsert(ids, moved)
+    trained.tables()["item"].upsert(ids, moved)
+    got = served.score(history, IDS, NOW, cache=cache)
+    assert cache.reused == 0
+    np.testing.assert_array_equal(got, trained.score(history, IDS, NOW))

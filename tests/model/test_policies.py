@@ -8,16 +8,24 @@ from components.errors import BadInput
 from model.policies import DAY_US, FEATURES, policies
 from model.settings import ModelConfig
 
+NONE = {"admission_threshold": 1, "ttl_us": 0, "min_rows": 0, "max_rows": 0, "when_full": "evict_stalest"}
+
 
 def test_without_settings_every_id_gets_a_row_and_keeps_it() -> None:
-    assert policies(ModelConfig(), "item") == {"admission_threshold": 1, "ttl_us": 0}
+    assert policies(ModelConfig(), "item") == NONE
 
 
 @pytest.mark.parametrize("slot", ["item", "item_bias", "item_output", "context_item"])
 def test_a_feature_names_all_tables_of_its_ids(slot: str) -> None:
-    config = ModelConfig(table_admission=" item = 5 , user=2", table_ttl_days="item=90")
-    assert policies(config, slot) == {"admission_threshold": 5, "ttl_us": 90 * DAY_US}
-    assert policies(config, "author") == {"admission_threshold": 1, "ttl_us": 0}
+    config = ModelConfig(
+        table_admission=" item = 5 , user=2",
+        table_ttl_days="item=90",
+        table_min_rows="item=10",
+        table_max_rows="item=1000",
+    )
+    wanted = {"admission_threshold": 5, "ttl_us": 90 * DAY_US, "min_rows": 10, "max_rows": 1000}
+    assert policies(config, slot) == {**NONE, **wanted}
+    assert policies(config, "author") == NONE
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from components.errors import BadInput
 from model.dataset import SequenceDataset
 from model.inputs import ACTION, AUX, IMPRESSION, REQUEST
 from model.retriever import Retriever, RetrieverConfig
+from model.table import Events
 from model.trainer import Trainer
 from tests.model.make import START, catalogue, table, user
 
@@ -129,3 +130,21 @@ def test_unshown_moments_do_not_move_the_loss() -> None:
     loss, count = model.loss(model.tokens([events]))
     shorter, same = model.loss(model.tokens([events.take(np.arange(last), 0)]))
     assert count == same and loss.item() == pytest.approx(shorter.item(), abs=1e-5)
+
+
+def test_each_step_draws_other_negatives_and_the_same_ones_when_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(full_softmax_limit=1, negatives=5)
+    drawn: list[tuple[int, ...]] = []
+    item_vectors = model.item_vectors
+
+    def noted(ids: np.ndarray, events: Events | None = None) -> torch.Tensor:
+        if events is None:
+            drawn.append(tuple(ids.tolist()))
+        return item_vectors(ids, events)
+
+    monkeypatch.setattr(model, "item_vectors", noted)
+    data = SequenceDataset(table([user(i, 8, 1) for i in range(3)]))  # one batch: the same in every epoch
+    for _ in range(2):
+        trainer = Trainer(model)
+        trainer.fit(data, epochs=6)
+    assert len(set(drawn[:6])) == 6 and drawn[:6] == drawn[6:]

@@ -1,10 +1,13 @@
 """Epochs, deltas and consumers of model.table.EmbeddingTable."""
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from model.table import OPTIMIZERS, EmbeddingTable
+from model.table import OPTIMIZERS, EmbeddingTable, TableDelta
 from tests.model.table_model import assert_same_table, column, int64
 
 torch.set_num_threads(1)
@@ -188,3 +191,56 @@ def test_the_cost_of_a_small_delta_does_not_depend_on_the_table() -> None:
         _change(table, 7)
         _change(table, -7)
         assert table.export_delta(closed).keys.tolist() == [-7, 7]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weights": np.full((1, DIM), np.nan, np.float32)},
+        {"counts": np.zeros(1, np.int64)},
+        {"last_update_us": int64(-1)},
+        {"candidate_keys": int64(5), "candidates": np.ones(1, np.uint32)},
+    ],
+    ids=["weights", "type of counts", "time", "candidates of a table without admission"],
+)
+def test_a_delta_that_is_refused_erases_nothing(damage: dict[str, Any]) -> None:
+    table = EmbeddingTable("item", DIM)
+    table.find_or_insert(int64(1, 2))
+    before = table.export_all()
+    delta = TableDelta(int64(3), np.ones((1, DIM), np.float32), tombstones=int64(1))
+    with pytest.raises((ValueError, TypeError)):
+        table.apply_delta(dataclasses.replace(delta, **damage))
+    after = table.export_all()
+    assert after.keys.tolist() == [1, 2] and after.weights.tobytes() == before.weights.tobytes()
+    table.apply_delta(delta)
+    assert table.export_all().keys.tolist() == [2, 3]
+
+
+def test_a_consumer_that_is_gone_for_good_keeps_no_tombstones() -> None:
+    table = EmbeddingTable("item", DIM)
+    table.subscribe("server")
+    table.subscribe("gone")
+    _change(table, 1)
+    table.erase(int64(1))
+    table.acknowledge("server", table.export_for("server")[1])
+    assert table.stats()["tombstones"] == 1
+    table.unsubscribe("gone")
+    assert table.stats()["tombstones"] == 0
+    with pytest.raises(KeyError, match="gone"):
+        table.export_for("gone")
+
+
+def test_what_comes_back_while_the_first_delta_is_taken_is_not_erased_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = EmbeddingTable("item", DIM)
+    table.subscribe("server")
+    table.find_or_insert(int64(1, 2))
+    table.erase(int64(1, 2))
+    export_all = table.export_all
+
+    def late() -> TableDelta:
+        table.find_or_insert(int64(1))  # by another thread, between the two parts of the export
+        return export_all()
+
+    monkeypatch.setattr(table, "export_all", late)
+    delta, _ = table.export_for("server")
+    assert (delta.keys.tolist(), delta.tombstones.tolist()) == ([1], [2])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from model.table import OPTIMIZERS, EmbeddingTable
+from model.table import OPTIMIZERS, EmbeddingTable, Events
 from model.table_snapshot import load_snapshot, save_snapshot
 from tests.model.table_model import EXTREME, DictTable, assert_same_table, int64
 
@@ -104,12 +104,23 @@ class Program(RuleBasedStateMachine):
         updated = self.table.apply_gradients(int64(*keys), grads, lr, now_us)
         assert updated == self.model.counts.get("updated", 0) - before
 
-    @rule(first=BATCH, bag_sizes=st.lists(st.integers(0, 3), max_size=4), seed=SEEDS, now_us=TIMES, mean=st.booleans())
-    def train(self, first: list[int], bag_sizes: list[int], seed: int, now_us: int, mean: bool) -> None:
-        """A forward, a pooled forward, one backward and a step, as a module does it."""
+    @rule(
+        first=BATCH,
+        bag_sizes=st.lists(st.integers(0, 3), max_size=4),
+        seed=SEEDS,
+        now_us=TIMES,
+        mean=st.booleans(),
+        with_events=st.booleans(),
+    )
+    def train(
+        self, first: list[int], bag_sizes: list[int], seed: int, now_us: int, mean: bool, with_events: bool
+    ) -> None:
+        """A forward (some ids may be no events), a pooled forward, one backward and a step, as a module does it."""
         random = np.random.default_rng(seed)
         bags = [random.integers(-6, 6, size).tolist() for size in bag_sizes]
-        rows = self.table(torch.tensor(first, dtype=torch.int64))
+        events = [(int(random.integers(0, 3)), int(random.integers(0, 9 * 3600 * SECOND))) for _ in first]
+        given = Events(np.array([n for n, _ in events], np.uint32), int64(*(us for _, us in events)))
+        rows = self.table(torch.tensor(first, dtype=torch.int64), events=given if with_events else None)
         offsets = torch.tensor([0, *np.cumsum(bag_sizes)], dtype=torch.int64)
         members = [key for bag in bags for key in bag]
         pooled = self.table(torch.tensor(members, dtype=torch.int64), offsets, "mean" if mean else "sum")
@@ -124,8 +135,10 @@ class Program(RuleBasedStateMachine):
         of_bag = [grads[1][b].numpy() for b, bag in enumerate(bags) for _ in bag]
         scaled = [share * g for share, g in zip(shares, of_bag, strict=True)]
         all_grads = np.array([*grads[0].numpy(), *scaled], np.float32).reshape(-1, DIM)
-        self.model.apply_gradients(first + members, all_grads, 0.05, now_us)
-        self.model.touch(first + members, now_us)
+        pooled_events = [(1, now_us)] * len(members)
+        all_events = (events if with_events else [(1, now_us)] * len(first)) + pooled_events
+        self.model.apply_gradients(first + members, all_grads, 0.05, now_us, all_events)
+        self.model.touch(first + members, [us if n else 0 for n, us in all_events])
         self.table.step(now_us=now_us)
 
     @rule(keys=BATCH, seed=SEEDS, with_state=st.booleans())

@@ -262,3 +262,14 @@ def test_one_snapshot_at_a_time(tmp_path: Path, between_blocks: Callable[[Callab
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
     with pytest.raises(AlreadyExists, match=r"first is not empty; give every snapshot a folder of its own"):
         save_snapshot(table, tmp_path / "first")
+
+
+def test_a_table_with_candidates_alone_cannot_be_filled_either(tmp_path: Path) -> None:
+    def make() -> EmbeddingTable:
+        return EmbeddingTable("item", 2, admission_threshold=3)
+
+    waiting = make()
+    waiting.apply_gradients(int64(1), np.ones((1, 2), np.float32))
+    save_snapshot(waiting, tmp_path / "snapshot")
+    with pytest.raises(ValueError, match="an empty table only"):
+        load_snapshot(tmp_path / "snapshot", lambda: waiting)

@@ -129,3 +129,24 @@ def test_snapshots_that_are_not_parts_of_one_table_are_refused(tmp_path: Path) -
             load_snapshot([tmp_path / "a", tmp_path / other])
     with pytest.raises(BadInput, match="name at least one"):
         load_snapshot([])
+
+
+def test_a_consumer_that_had_acknowledged_one_part_alone_goes_on_after_the_parts_are_joined(tmp_path: Path) -> None:
+    table = EmbeddingTable("item", 2)
+    table.subscribe("server")
+    table.find_or_insert(np.arange(100, dtype=np.int64))
+    table.acknowledge("server", table.export_for("server")[1])
+    save_snapshot(table, tmp_path / "one")
+    parts = [load_snapshot(tmp_path / "one", shard=(i, 2)) for i in range(2)]
+    gone = [part.export_all().keys[:5] for part in parts]
+    for i, part in enumerate(parts):
+        part.erase(gone[i])
+        epoch = part.export_for("server")[1]
+        if i == 0:
+            part.acknowledge("server", epoch)
+        save_snapshot(part, tmp_path / str(i))
+    joined = load_snapshot([tmp_path / "0", tmp_path / "1"])
+    delta, epoch = joined.export_for("server")
+    assert set(gone[1]) <= set(delta.tombstones)
+    joined.acknowledge("server", epoch)
+    assert joined.stats()["tombstones"] == 0

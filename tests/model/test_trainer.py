@@ -82,8 +82,15 @@ SHORT = {"max_interactions": 9, "stochastic_alpha": 1.4}
 @pytest.mark.parametrize("make", [ranker, retriever])
 @pytest.mark.parametrize(
     "settings",
-    [{}, SHORT, {"variant": "production", "generative_sampling": True, "epochs": 6}, {"precision": "bfloat16"}],
-    ids=["default", "stochastic length", "generative sampling", "bfloat16"],
+    [
+        {},
+        SHORT,
+        {"variant": "production", "generative_sampling": True, "epochs": 6},
+        {"precision": "bfloat16"},
+        {"table_admission": "item=5,author=30"},
+        {"table_ttl_days": "item=1,page=1", "table_max_rows": "author=3"},
+    ],
+    ids=["default", "stochastic length", "generative sampling", "bfloat16", "admission", "expiry and eviction"],
 )
 def test_stopping_anywhere_and_resuming_gives_the_same_bits(make: Make, settings: dict[str, object]) -> None:
     whole = Trainer(make(**settings))
