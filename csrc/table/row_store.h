@@ -18,7 +18,8 @@ namespace freshet {
 // Where the bytes of a row lie, by its number: the same for all stores of rows of that size.
 //
 // Rows come in groups of 32, headers first: [32 headers][32 rows]. So rows of whole cache lines begin on an even one: the
-// processor fetches lines in pairs, and half a pair before and after each row would cost a third of the bandwidth.
+// processor fetches lines in pairs, and half a pair before and after each row would cost a third of the bandwidth. Other
+// rows lie close: what would fill their last line costs more memory than the line it would save costs time.
 //
 // The first slab has 64 rows and each next one doubles the store, until a slab has about 2 MB and all have that size:
 // tiny tables stay tiny, and the address of a row in a large one costs a shift and one load.
@@ -36,7 +37,7 @@ struct RowLayout {
 
   RowLayout(std::size_t header, std::size_t row_bytes) noexcept
       : header_bytes(header),
-        stride(choose_stride(row_bytes)),
+        stride((row_bytes + 3) / 4 * 4),
         rows_at((kGroup * header + kLinePair - 1) / kLinePair * kLinePair),
         group_bytes(rows_at + kGroup * stride),
         shift(choose_shift(group_bytes / kGroup)),
@@ -65,11 +66,6 @@ struct RowLayout {
   std::size_t slab_bytes(std::size_t slab) const noexcept { return rows_in(slab) / kGroup * group_bytes; }
 
  private:
-  // Whole cache lines, unless that wastes more than an eighth.
-  static std::size_t choose_stride(std::size_t row_bytes) noexcept {
-    const std::size_t lines = (row_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
-    return lines - row_bytes <= row_bytes / 8 ? lines : (row_bytes + 3) / 4 * 4;
-  }
   static unsigned choose_shift(std::size_t bytes_per_row) noexcept {
     unsigned shift = kFirstShift;
     while (shift < 16 && (bytes_per_row << shift) < kHugePage) ++shift;

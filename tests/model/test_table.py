@@ -145,14 +145,15 @@ def test_a_hundred_thousand_rows_keep_their_weights_while_the_table_grows() -> N
     assert table.stats()["row_bytes"] == memory  # rows of erased ids are used again
 
 
-def test_bookkeeping_takes_at_most_32_bytes_per_row() -> None:
-    table = EmbeddingTable("item", 4)
+@pytest.mark.parametrize(("optimizer", "dim", "floats"), [("adagrad", 4, 8), ("adam", 4, 13), ("sgd", 57, 57)])
+def test_bookkeeping_takes_at_most_32_bytes_per_row_of_any_width(optimizer: str, dim: int, floats: int) -> None:
+    table = EmbeddingTable("item", dim, optimizer)
     keys = np.arange(1_000_000, dtype=np.int64)
     for part in np.array_split(keys, 50):
-        table.upsert(part, np.zeros((len(part), 4), np.float32))
+        table.upsert(part, np.zeros((len(part), dim), np.float32))
     stats = table.stats()
     assert 20 <= stats["overhead_bytes"] / len(keys) <= 32
-    assert 1 <= stats["row_bytes"] / (len(keys) * 8 * 4) <= 1.1
+    assert 1 <= stats["row_bytes"] / (len(keys) * floats * 4) <= 1.1
 
 
 def test_a_missing_extension_says_how_to_build_it() -> None:
