@@ -147,7 +147,8 @@ class Ranker(SequenceModel):
         """Probability of each action: int64 item ids [C] -> float32 [C, heads].
 
         Depends on the history known before request_time_us and on the candidate itself, not on the other candidates.
-        The history is encoded once (M-FALCON); with a cache kept from an earlier request, only what is new of it.
+        The history is encoded once (M-FALCON); with a cache kept from an earlier request, only what is new of it. A
+        model that encodes position or age at the input reads its history anew: they are relative to the request.
         """
         outputs = self.outputs(history, candidates, request_time_us, page, cache)
         return torch.sigmoid(outputs[:, : len(self.head_names)]).numpy()

@@ -57,7 +57,11 @@ class ModelConfig(BaseModel):
     examples: Literal["variant", "sequence", "request"] = Field(
         default="variant", description="Train on a user's whole sequence at once, or on one sequence per request"
     )
-    context: str = Field(default="", description="Slots with a token of their own before the history: user, page")
+    context: str = Field(
+        default="",
+        description="Slots with a token of their own before the history: user, page. Unlike in the published network "
+        "they do not see the history, so that it can be cut and kept",
+    )
     init_scale: float = Field(
         default=0.02, ge=0, le=1, description="New table rows are uniform in (-init_scale, init_scale)"
     )
