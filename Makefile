@@ -69,7 +69,7 @@ bench-hstu: setup ## training steps, attention and ranking beside faithful PyTor
 bench-ml1m: setup ## next item on MovieLens, HSTU and SASRec; hours (DATA=path/to/ml-1m, ARGS="--only hstu --threads 1")
 	@$(PY) -m model.experiments.ml1m --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
 
-bench-streaming: setup ## the paper's synthetic stream with a growing vocabulary
+bench-streaming: setup ## the paper's synthetic stream with a growing vocabulary (ARGS="--only hstu")
 	@$(PY) -m model.experiments.streaming $(ARGS)
 
 bench-stochastic-length: setup ## sparsity against loss of quality (DATA=path/to/ml-1m)

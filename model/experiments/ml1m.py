@@ -10,29 +10,31 @@ and validation items (in validation: minus the training items).
 Each file of configs/ml1m is one model. Runs leave a log each under --logs, and finished ones are read from there: an
 interrupted command goes on where it was. With --rectools the library RecTools is installed into an environment of its
 own there, and its models of the same sizes are trained, stopped and tested in the same way (one seed each; they go on
-after their last epoch where they were interrupted). Prints Markdown tables; the last line is `RESULT {json}`.
+after their last epoch where they were interrupted). Prints Markdown tables; the last line is `RESULT {json}`. A run of
+all models and seeds puts its tables into docs/experiments.md and validation NDCG@10 by epoch into docs/images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from components.errors import BadInput
 from model.experiments import ml1m_report as report
+from model.experiments.last_run import Benchmark
 from model.experiments.ml1m_data import Histories, read_histories
 from model.experiments.ml1m_rectools import measure
 from model.experiments.ml1m_train import RunConfig, RunResult, logged_run
+from model.experiments.run_configs import ALL_CONFIGS, read_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ml1m"
+CONFIGS = ALL_CONFIGS / "ml1m"
 ORDER = ("hstu", "hstu-large", "sasrec", "hstu-time", "hstu-position", "hstu-none", "hstu-sampled")
+BENCHMARK = Benchmark("bench-ml1m", "model.experiments.ml1m", "ml1m.png", ("configs", "only", "seeds"))
 
 
 class Entry(BaseModel):
@@ -47,13 +49,7 @@ class Entry(BaseModel):
 
 def read_entry(path: Path) -> Entry:
     """Raises BadInput for a file that is absent or no entry."""
-    try:
-        return Entry.model_validate(tomllib.loads(path.read_text()))
-    except FileNotFoundError as error:
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml")))
-        raise BadInput(f"no config {path}; known are {known or 'none'}") from error
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise BadInput(f"{path} is no config of a run: {error}") from error
+    return read_config(path, Entry)
 
 
 def run_all(
@@ -81,20 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs per model, no more than its config says")
     parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
     parser.add_argument("--logs", type=Path, default=Path(".freshet/bench-ml1m"), help="folder of the logs")
-    parser.add_argument("--plot", type=Path, help="picture of validation NDCG@10 by epoch to write")
     parser.add_argument("--rectools", action="store_true", help="train and test RecTools too (installs it)")
+    BENCHMARK.add_options(parser)
     options = parser.parse_args(argv)
+    record = BENCHMARK.record(parser, options, argv)
     torch.set_num_threads(options.threads)
     data = read_histories(options.data)
     entries = {name: read_entry(options.configs / f"{name}.toml") for name in options.only.split(",")}
     found = run_all(data, entries, options.seeds, options.logs, Console(stderr=True))
     configs = {name: entry.run for name, entry in entries.items()} if options.rectools else {}
     theirs = measure(data, configs, options.logs, options.threads)
-    print(report.table({entries[name].title: results for name, results in found.items()}, theirs))
-    print(report.speed(found, theirs))
-    if options.plot:
-        report.plot({entries[name].title: options.logs / f"{name}-seed0.jsonl" for name in found}, options.plot)
+    tables = report.table({entries[name].title: results for name, results in found.items()}, theirs)
+    tables += "\n\n" + report.speed(found, theirs)
+    print(tables)
+    if record.plot:
+        report.plot({entries[name].title: options.logs / f"{name}-seed0.jsonl" for name in found}, record.plot)
+    if record.notice:
+        print(record.notice)
     print("RESULT " + json.dumps(report.figures(found, theirs) | {"users": len(data), "threads": options.threads}))
+    record.write(tables, f"{len(data):,} users, --threads {options.threads}")
 
 
 if __name__ == "__main__":

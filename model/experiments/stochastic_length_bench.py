@@ -4,8 +4,10 @@
 
 HSTU base, trained for the same number of passes with each alpha (arXiv 2402.17152, equation 4, N = 200) and, at the
 smallest alpha, with each way to choose the subsequence; measured on whole histories, as in ml1m. Sparsity as in the
-paper's table: the share of N that training does not read, and beside it the share of what is there. Prints a Markdown
-table; the last line is `RESULT {json}`.
+paper's table: the share of N that training does not read, and beside it the share of what is there. What all rows share
+is in configs/stochastic-length/hstu.toml. Candidates as in ml1m: the catalogue minus the user's training and validation
+items. Prints a Markdown table; the last line is `RESULT {json}`. A run with the default settings puts its table into
+docs/experiments.md and its plot into docs/images.
 """
 
 from __future__ import annotations
@@ -20,16 +22,35 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from model.events import EVENT_DTYPES, UserEvents
+from model.experiments.last_run import Benchmark
 from model.experiments.ml1m_data import Histories, read_histories
 from model.experiments.ml1m_train import Metrics, RunConfig, evaluate, make_optimizer, train_epoch
+from model.experiments.run_configs import ALL_CONFIGS, read_config
 from model.sequential import NextItem
 from model.stochastic_length import StochasticLength
 
-LIMIT = 200
+CONFIG = ALL_CONFIGS / "stochastic-length" / "hstu.toml"
 SELECTIONS = ("weighted", "greedy", "uniform")
+BENCHMARK = Benchmark(
+    "bench-stochastic-length",
+    "model.experiments.stochastic_length_bench",
+    "stochastic_length.png",
+    ("config", "epochs", "alphas"),
+)
+
+
+class Entry(BaseModel):
+    """The file of configs/stochastic-length: what all rows of the table share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = Field(description="What is trained")
+    limit: int = Field(default=200, ge=1, description="N of the rule: items of a history that training reads at most")
+    run: RunConfig = Field(description="How each row is trained; all `epochs` of it, whatever `patience`")
 
 
 @dataclass(frozen=True)
@@ -59,10 +80,10 @@ def _events(user: int, items: np.ndarray, times: np.ndarray) -> UserEvents:
     return UserEvents(user_id=user, new_from=0, **(arrays | none | {"item_id": items, "timestamp": times}))
 
 
-def measure(data: Histories, config: RunConfig, alpha: float, selection: str) -> Outcome:
+def measure(data: Histories, config: RunConfig, limit: int, alpha: float, selection: str) -> Outcome:
     """Train `epochs` passes with one rule, then test."""
     torch.manual_seed(config.seed)
-    rule = StochasticLength(LIMIT, alpha, selection, config.seed)
+    rule = StochasticLength(limit, alpha, selection, config.seed)
     model = NextItem(config.network(len(data.catalogue)))
     optimizer = make_optimizer(model, config)
     seconds, read = [], 0
@@ -72,11 +93,11 @@ def measure(data: Histories, config: RunConfig, alpha: float, selection: str) ->
         train_epoch(model, optimizer, part, config, epoch)
         seconds.append(time.perf_counter() - start)
         read += sum(len(items) - 2 for items in part.items)
-    there = sum(min(len(items) - 2, LIMIT) for items in data.items) * config.epochs
+    there = sum(min(len(items) - 2, limit) for items in data.items) * config.epochs
     return Outcome(
         alpha,
         selection,
-        1 - read / (LIMIT * len(data) * config.epochs),
+        1 - read / (limit * len(data) * config.epochs),
         1 - read / there,
         float(np.median(seconds)),
         evaluate(model, data, held_out=1),
@@ -115,28 +136,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ml-1m"), help="folder of MovieLens-1M")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the users")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="TOML file of what all rows share")
+    parser.add_argument("--epochs", type=int, help="passes over the users (default: what the config says)")
     parser.add_argument("--alphas", default="1.6,1.7,1.8,1.9,2", help="in (1, 2]; 2 reads everything")
     parser.add_argument("--threads", type=int, default=2, help="threads of the tensor library")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    BENCHMARK.add_options(parser)
+    entry = read_config(parser.parse_args(argv).config, Entry)
+    parser.set_defaults(epochs=entry.run.epochs)
     options = parser.parse_args(argv)
+    record = BENCHMARK.record(parser, options, argv)
     torch.set_num_threads(options.threads)
     data = read_histories(options.data)
-    config = RunConfig(batch_users=32, epochs=options.epochs)
+    config = entry.run.model_copy(update={"epochs": options.epochs})
     alphas = sorted(float(alpha) for alpha in options.alphas.split(","))
     plan = [(alpha, "weighted") for alpha in alphas] + [(alphas[0], other) for other in SELECTIONS[1:]]
     console, rows = Console(stderr=True), []
     for alpha, selection in plan:
-        rows.append(measure(data, config, alpha, selection))
+        rows.append(measure(data, config, entry.limit, alpha, selection))
         console.print(f"alpha {alpha}, {selection}: NDCG@10 {rows[-1].test['ndcg@10']:.4f}")
     print(table(rows))
-    if options.plot:
-        plot(rows, options.plot)
+    if record.plot:
+        plot(rows, record.plot)
+    if record.notice:
+        print(record.notice)
     result = {
         f"{r.alpha}/{r.selection}": {"sparsity": round(r.sparsity, 4), "unread": round(r.unread, 4)} | r.test
         for r in rows
     }
     print("RESULT " + json.dumps(result | {"epochs": options.epochs}))
+    record.write(table(rows), f"{len(data):,} users, {options.epochs} passes, --threads {options.threads}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from components.errors import BadInput
 from model.experiments import streaming
+from model.experiments.run_configs import read_config
 from model.experiments.streaming_data import (
     MOST_CATEGORIES,
     Reading,
@@ -93,21 +94,22 @@ def test_more_categories_than_items_are_refused() -> None:
 
 def test_half_is_reached_at_the_end_of_the_first_window_whose_mean_is_half() -> None:
     """Batches of 16 records, every fourth measured: the window of the measurements 4 to 11 ends with batch 48."""
-    assert streaming.half_after([0.0] * 8 + [1.0] * 8) == (8 + 4) * 4 * 16
-    assert streaming.half_after([0.49] * 40) is None
-    assert streaming.half_after([1.0] * (streaming.WINDOW - 1)) is None  # too short a pass to tell
+    assert streaming.half_after([0.0] * 8 + [1.0] * 8, 16) == (8 + 4) * 4 * 16
+    assert streaming.half_after([0.0] * 8 + [1.0] * 8, 2) == (8 + 4) * 4 * 2
+    assert streaming.half_after([0.49] * 40, 16) is None
+    assert streaming.half_after([1.0] * (streaming.WINDOW - 1), 16) is None  # too short a pass to tell
 
 
 def test_the_best_on_the_way_is_of_each_fourth_batch() -> None:
     shape = StreamShape(items=100, categories=1, records=200, length=8)
-    found = streaming.best_on_the_way(make_stream(shape, 0), shape, 0)
+    found = streaming.best_on_the_way(make_stream(shape, 0), shape, 0, 16)
     assert len(found) == 3  # 180 training records: batches 0, 4 and 8
     assert found == sorted(found, reverse=True) and found[0] == pytest.approx(10 / 40, rel=0.1)
 
 
 def test_what_a_record_has_had_is_known_at_each_place() -> None:
     rows = np.array([[5, 1, 2, 3, 4], [9, 8, 8, 7, 6]])
-    _, histories, wanted = next(iter(streaming.batches(rows, 0, 2)))
+    _, histories, wanted = next(iter(streaming.batches(rows, 0, 2, 2)))
     had = streaming._had(histories, wanted.shape, 2, 10)  # at the places 2 and 3 of each record's first four items
     assert [np.flatnonzero(row).tolist() for row in had.numpy()] == [[1, 2, 5], [1, 2, 3, 5], [8, 9], [7, 8, 9]]
 
@@ -149,3 +151,31 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [run["seed"] for run in result["runs"]] == [0] * 3 + [1] * 3
     assert all(0 <= run["hr@10"] <= run["hr@50"] <= 1 for run in result["runs"])
     assert plot.stat().st_size > 1000
+
+
+def test_the_models_of_the_command_are_the_papers_three_and_differ_in_their_attention_alone() -> None:
+    entries = {name: read_config(streaming.CONFIGS / f"{name}.toml", streaming.Entry) for name in streaming.ORDER}
+    assert [entry.title for entry in entries.values()] == list(streaming.PAPER)
+    networks = {name: entry.run.network(SHAPE, 3) for name, entry in entries.items()}
+    assert networks["hstu"].model_copy(update={"softmax": True}) == networks["hstu-softmax"]
+    shared = {"items": 400, "max_length": 64, "normaliser": 64.0, "seed": 3, "dim": 64, "layers": 2, "heads": 2}
+    for name, network in networks.items():
+        assert network.model_dump().items() >= (shared | {"dropout": 0.0, "input_dropout": 0.0}).items(), name
+        assert (entries[name].run.batch_records, entries[name].run.lr) == (16, 1e-3)
+
+
+def test_a_model_of_ones_own_stands_beside_the_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = (
+        (streaming.CONFIGS / "hstu.toml")
+        .read_text()
+        .replace('"HSTU"', '"Mine"')
+        .replace("batch_records = 16", "batch_records = 8")
+    )
+    (tmp_path / "mine.toml").write_text(own)
+    small = ["--records=100", "--items=50", "--categories=5", "--length=8", "--threads=1", "--seeds=1"]
+    streaming.main([*small, f"--configs={tmp_path}", "--only=mine"])
+    printed = capsys.readouterr().out
+    assert "| Mine |" in printed and "| 1.00 | never |  |  |  |" in printed
+    assert json.loads(printed.splitlines()[-1].removeprefix("RESULT "))["ratio"] == {"Mine": 1}
+    with pytest.raises(BadInput, match="known are mine"):
+        streaming.main([*small, f"--configs={tmp_path}", "--only=yours"])

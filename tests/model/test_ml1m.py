@@ -16,6 +16,7 @@ from components.errors import BadInput
 from model.experiments import ml1m, ml1m_rectools, ml1m_report, stochastic_length_bench
 from model.experiments.ml1m_data import Histories, group_by_user, questions, read_histories, training_batches
 from model.experiments.ml1m_train import RunConfig, RunResult, evaluate, logged_run
+from model.experiments.run_configs import read_config
 from model.sequential import ItemHistories, NextItem
 from model.stochastic_length import StochasticLength
 
@@ -297,3 +298,12 @@ def test_the_stochastic_length_command_end_to_end(tmp_path: Path, capsys: pytest
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert set(result) == {"1.6/weighted", "2.0/weighted", "1.6/greedy", "1.6/uniform", "epochs"}
     assert result["2.0/weighted"]["unread"] == 0 and plot.stat().st_size > 1000
+
+
+def test_stochastic_length_trains_the_base_model_of_the_other_benchmark() -> None:
+    """With the passes that the documented figures had, unless the command says otherwise."""
+    entry = read_config(stochastic_length_bench.CONFIG, stochastic_length_bench.Entry)
+    base = ml1m.read_entry(ml1m.CONFIGS / "hstu.toml")
+    assert entry.run.network(100) == base.run.network(100)
+    assert (entry.run.batch_users, entry.run.lr) == (base.run.batch_users, base.run.lr)
+    assert (entry.limit, entry.run.epochs, entry.run.seed) == (200, 30, 0)
