@@ -16,6 +16,9 @@ namespace {
 
 // Rows of a task. A longer sequence is cut, so that threads can share it; where it is cut depends on nothing else.
 constexpr std::size_t kTaskRows = 1024;
+// Tasks of a sequence in the backward pass, at most: each keeps its share of the gradients of the keys that it sees until
+// all are added up, so their memory is at most so many times that of these gradients, however long the sequence.
+constexpr std::size_t kBackwardTasks = 8;
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -49,7 +52,26 @@ struct Plan {
   std::vector<std::size_t> first;  // [sequences + 1]: the tasks of each sequence
 };
 
-Plan make_plan(const Inputs& in, const TimeTable& times) {
+std::size_t rows_of_a_task(std::size_t rows, bool backward) {
+  if (!backward || rows <= kTaskRows * kBackwardTasks) return kTaskRows;
+  return ((rows + kBackwardTasks - 1) / kBackwardTasks + kMaxRowTile - 1) / kMaxRowTile * kMaxRowTile;
+}
+
+// The keys that some row of the task may see, in whole tiles.
+void set_seen(Task& task) {
+  const Inputs& in = *task.in;
+  std::size_t seen = task.own, end = task.own + task.rows;  // each row sees itself
+  for (std::size_t i = task.first_row; i < task.first_row + task.rows; ++i) {
+    const bool has_prefix = in.prefix != nullptr && in.prefix[i] > 0;
+    if (in.begin[i] < in.end[i]) seen = std::min(seen, static_cast<std::size_t>(in.begin[i]));
+    if (has_prefix) seen = 0, end = std::max(end, static_cast<std::size_t>(in.prefix[i]));
+    end = std::max(end, static_cast<std::size_t>(in.end[i]));
+  }
+  task.seen = seen / kKeyTile * kKeyTile;
+  task.seen_end = std::min(task.keys, (end + kKeyTile - 1) / kKeyTile * kKeyTile);
+}
+
+Plan make_plan(const Inputs& in, const TimeTable& times, bool backward) {
   Plan plan;
   std::vector<std::int64_t> work;
   for (std::size_t s = 0; s < in.sequences; ++s) {
@@ -58,9 +80,12 @@ Plan make_plan(const Inputs& in, const TimeTable& times) {
                first_row = static_cast<std::size_t>(in.row_offsets[s]);
     const std::size_t keys = static_cast<std::size_t>(in.offsets[s + 1]) - first_key;
     const std::size_t rows = static_cast<std::size_t>(in.row_offsets[s + 1]) - first_row;
-    for (std::size_t from = 0; from < rows; from += kTaskRows) {
-      const std::size_t count = std::min(kTaskRows, rows - from);
-      plan.tasks.push_back({&in, &times, first_key, keys, first_row + from, count, keys - rows + from, row_tile(keys)});
+    const std::size_t most = rows_of_a_task(rows, backward);
+    for (std::size_t from = 0; from < rows; from += most) {
+      const std::size_t count = std::min(most, rows - from);
+      plan.tasks.push_back(
+          {&in, &times, first_key, keys, first_row + from, count, keys - rows + from, row_tile(keys), 0, keys});
+      set_seen(plan.tasks.back());
       std::int64_t pairs = static_cast<std::int64_t>(count) * 32;
       for (std::size_t i = first_row + from; i < first_row + from + count; ++i) {
         pairs += in.end[i] - in.begin[i] + (in.prefix != nullptr ? in.prefix[i] : 0);
@@ -108,23 +133,30 @@ void store(double value, void* to, Storage storage, std::size_t at) {
 
 // The gradient of the keys (or values) of sequences that several tasks share.
 struct SharedKeys {
-  std::vector<std::vector<float>> parts;  // per task; empty for a task that has its sequence alone
+  std::vector<std::vector<float>> parts;  // per task: of what it sees; empty for a task that has its sequence alone
 
   SharedKeys(const Plan& plan, std::size_t width) : parts(plan.tasks.size()) {
     for (std::size_t s = 0; s + 1 < plan.first.size(); ++s) {
       if (plan.first[s + 1] - plan.first[s] < 2) continue;
-      for (std::size_t t = plan.first[s]; t < plan.first[s + 1]; ++t) parts[t].resize(plan.tasks[t].keys * width);
+      for (std::size_t t = plan.first[s]; t < plan.first[s + 1]; ++t) {
+        parts[t].resize((plan.tasks[t].seen_end - plan.tasks[t].seen) * width);
+      }
     }
   }
 
   void add_up(const Plan& plan, const Inputs& in, std::size_t width, void* out, std::size_t threads) const {
     parallel_for(in.sequences, threads, [&](std::size_t s) {
       if (plan.first[s + 1] - plan.first[s] < 2) return;
-      const std::size_t first = static_cast<std::size_t>(in.offsets[s]) * width;
-      for (std::size_t i = 0; i < parts[plan.first[s]].size(); ++i) {
-        double sum = 0;
-        for (std::size_t t = plan.first[s]; t < plan.first[s + 1]; ++t) sum += static_cast<double>(parts[t][i]);
-        store(sum, out, in.storage, first + i);
+      const auto first = static_cast<std::size_t>(in.offsets[s]), end = static_cast<std::size_t>(in.offsets[s + 1]);
+      std::vector<double> sums(width);
+      for (std::size_t key = 0; key < end - first; ++key) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        for (std::size_t t = plan.first[s]; t < plan.first[s + 1]; ++t) {
+          if (key < plan.tasks[t].seen || key >= plan.tasks[t].seen_end) continue;
+          const float* const part = parts[t].data() + (key - plan.tasks[t].seen) * width;
+          for (std::size_t i = 0; i < width; ++i) sums[i] += static_cast<double>(part[i]);
+        }
+        for (std::size_t i = 0; i < width; ++i) store(sums[i], out, in.storage, (first + key) * width + i);
       }
     });
   }
@@ -171,7 +203,7 @@ void forward(const Inputs& in, void* y, std::size_t threads) {
   check(in);
   const Kernels& isa = kernels();
   const TimeTable times = time_table(in);
-  const Plan plan = make_plan(in, times);
+  const Plan plan = make_plan(in, times, false);
   run(plan, isa, false, threads, [&](std::size_t t, float* scratch) { isa.forward(plan.tasks[t], y, scratch); });
 }
 
@@ -179,7 +211,7 @@ void backward(const Inputs& in, const Gradients& out, std::size_t threads) {
   check(in);
   const Kernels& isa = kernels();
   const TimeTable times = time_table(in);
-  const Plan plan = make_plan(in, times);
+  const Plan plan = make_plan(in, times, true);
   clear_keys_without_rows(plan, in, out);
   SharedKeys shared_k(plan, in.heads * in.dqk), shared_v(plan, in.heads * in.dv);
   WeightSums positions(plan, in.position_weights != nullptr ? in.positions : 0);
@@ -190,6 +222,8 @@ void backward(const Inputs& in, const Gradients& out, std::size_t threads) {
                        out.q,
                        nullptr,
                        nullptr,
+                       0,
+                       task.keys,
                        in.storage,
                        positions.sums.data() + positions.first[t],
                        &times_sums[t * kTimeBuckets]};
@@ -200,6 +234,8 @@ void backward(const Inputs& in, const Gradients& out, std::size_t threads) {
     } else {
       part.k = shared_k.parts[t].data();
       part.v = shared_v.parts[t].data();
+      part.first = task.seen;
+      part.end = task.seen_end;
       part.key_storage = Storage::kFloat32;
     }
     isa.backward(task, part, scratch);

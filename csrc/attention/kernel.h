@@ -164,12 +164,13 @@ inline void store_turned(const Workspace& w, const float* turned, std::size_t ta
   write_rows(w.staging, wide, 1, to, storage, offset, stride, count, width);
 }
 
-// Gradients of keys and values; the arrays of `out` begin at the sequence's first key.
+// Gradients of keys and values; zero for keys that no row saw.
 inline void store_key_gradients(const Task& task, const Workspace& w, const TaskGradients& out) {
   const Inputs& in = *task.in;
-  for (std::size_t tile = 0; tile < w.tiles; ++tile) {
+  for (std::size_t tile = out.first / kKeyTile; tile * kKeyTile < out.end; ++tile) {
+    const std::size_t first = tile * kKeyTile - out.first, count = smaller(kKeyTile, out.end - tile * kKeyTile);
     for (std::size_t h = 0; h < in.heads; ++h) {
-      const std::size_t at = h * w.tiles + tile, first = tile * kKeyTile, count = smaller(kKeyTile, task.keys - first);
+      const std::size_t at = h * w.tiles + tile;
       const bool touched = w.packed[tile] != 0;
       store_turned(w, w.key_gradient_t + at * w.tall_qk * kKeyTile, w.tall_qk, w.wide_qk, touched, out.k,
                    out.key_storage, (first * in.heads + h) * in.dqk, in.heads * in.dqk, count, in.dqk);

@@ -20,14 +20,17 @@ struct Task {
   std::size_t first_row, rows;  // of the task
   std::size_t own;              // key position, within the sequence, of the task's first row
   std::size_t row_tile;         // rows of a tile, a multiple of 4
+  std::size_t seen, seen_end;   // its rows see no keys of the sequence but some of [seen, seen_end): whole key tiles
 };
 
-// Where one task puts its share of the gradients. k and v are [keys][heads][d] of the task's sequence.
+// Where one task puts its share of the gradients. k and v are [end - first][heads][d]: of the keys [first, end) of the
+// task's sequence, whole key tiles, among which are all that it sees.
 struct TaskGradients {
   const void* y;
   void* q;
   void* k;
   void* v;
+  std::size_t first, end;
   Storage key_storage;       // float32 where several tasks share a sequence and their parts are added up later
   double* position_weights;  // [min(positions, keys + 1)], or null
   double* time_weights;      // [kTimeBuckets], or null
