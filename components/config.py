@@ -24,6 +24,9 @@ from components.windows import parse_time
 WHERE_THINGS_ARE = frozenset({"root", "tracking_uri", "spark"})
 """Fields that say where things are kept, not what is computed: they never enter a config hash or a form."""
 
+CHANGES_NO_RESULT = frozenset({"save_every_s"})
+"""Fields that say how the work is done, whatever comes of it: in the form, but not in a config hash."""
+
 
 def default_root() -> str:
     return os.environ.get("FRESHET_ROOT", f"file://{Path.cwd()}/.freshet/store")
@@ -52,7 +55,7 @@ class StepConfig(BaseModel):
 
     def digest(self) -> str:
         """12 hex digits that name what this config computes, whatever machine it runs on."""
-        content = self.model_dump(mode="json", exclude=set(WHERE_THINGS_ARE))
+        content = self.model_dump(mode="json", exclude=set(WHERE_THINGS_ARE | CHANGES_NO_RESULT))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

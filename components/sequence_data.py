@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,11 +90,16 @@ class Items:
         return self.item_id[(self.available_from <= last) & (self.available_until > first)]
 
 
-def read_items(storage: Storage) -> Items:
-    """All items/*.parquet in order of name; a later row of the same item wins."""
+def item_files(storage: Storage) -> list[str]:
+    """The files of the item log as it is now."""
+    return [path for path in storage.list("items") if path.endswith(".parquet")]
+
+
+def read_items(storage: Storage, files: Sequence[str] | None = None) -> Items:
+    """The item log, or these files of it, in order of name; a later row of the same item wins."""
     from model.catalogue import ItemCatalogue
 
-    paths = [path for path in storage.list("items") if path.endswith(".parquet")]
+    paths = item_files(storage) if files is None else files
     table = pa.concat_tables(
         [ITEMS.empty_table(), *(storage.read_table(p).select(ITEMS.names).cast(ITEMS) for p in paths)]
     )

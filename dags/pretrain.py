@@ -7,6 +7,7 @@ the manual retraining: every setting is in the form.
 * **Dataset**: left empty, the newest one that `build_sequences` made.
 * Both models learn in the pool `gpu`; its number of slots is the number of models that train side by side.
 * Equal settings give the same checkpoint: run again, nothing is trained twice.
+* A task that was killed and runs again goes on from its newest save, at most **save_every_s** before its end.
 * **Roll out**: the DAG `rollout` takes the new release through gate, shadow and canary. Switched off, the versions
   wait in the registry; trigger `rollout` when they shall go out.
 """
@@ -25,7 +26,7 @@ from dags.launcher import Ref, component_task, form, freshet_dag, from_form, res
 
 FORM = form(PretrainConfig, "Model", exclude=["model"])
 SECTIONS = {
-    "Data": ("dataset", "learn_eval", "device", "threads"),
+    "Data": ("dataset", "learn_eval", "device", "threads", "save_every_s"),
     "Learning": (
         *("epochs", "batch_tokens", "dense_lr", "table_lr", "bias_lr", "warmup", "final_lr", "weight_decay"),
         *("clip_norm", "dropout", "input_dropout", "seed"),

@@ -110,7 +110,7 @@ def _learn(
 
     from components.parameters.bridge import choose_device, close_epochs, export_changes
     from components.tracking import Tracker
-    from components.training import fit
+    from components.training import fit, policy_counts
 
     torch.set_num_threads(config.threads)
     part, items = sequence_data.read_part(storage, dataset, "train"), sequence_data.read_items(storage)
@@ -130,6 +130,7 @@ def _learn(
         since = close_epochs(trainer)
         if part.users is not None:
             fit(trainer, part.users, tracked, name, continual=True)
+            tracked.metrics(policy_counts(trainer))
         delta = export_changes(trainer, since, n)
         manifest = LogWriter(storage, config.model, version).publish_delta(
             n, delta, windows=dataset.windows, event_range=part.event_range, metrics=metrics, run_id=tracked.run_id

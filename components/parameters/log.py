@@ -99,11 +99,15 @@ def write_files(storage: Storage, folder: str, parameters: Parameters) -> dict[s
     attempt = secrets.token_hex(4)
     files = {}
     for name, content in arrays.to_files(parameters).items():
-        data = arrays.encode(content)
-        path = f"{folder}/{attempt}-{name}.safetensors"
-        storage.write_bytes(path, data)
-        files[name] = LogFile(path=path, size=len(data), sha256=digest(data))
+        files[name] = write_file(storage, f"{folder}/{attempt}-{name}.safetensors", content)
     return files
+
+
+def write_file(storage: Storage, path: str, content: Mapping[str, Array]) -> LogFile:
+    """Write arrays as one safetensors file, to be proven when it is read."""
+    data = arrays.encode(content)
+    storage.write_bytes(path, data)
+    return LogFile(path=path, size=len(data), sha256=digest(data))
 
 
 def delete_files(storage: Storage, files: Mapping[str, LogFile]) -> None:
@@ -116,7 +120,7 @@ def read_files(storage: Storage, files: Mapping[str, LogFile], n: int, with_stat
     wanted = arrays.FILES if with_state else ("tables", "dense")
     if missing := set(wanted) - files.keys():
         raise CorruptLog(f"entry {n} names no {', '.join(sorted(missing))} file; {RESYNC}")
-    content: Files = {name: _read_proven(storage, files[name]) for name in wanted}
+    content: Files = {name: read_file(storage, files[name]) for name in wanted}
     try:
         parameters = arrays.from_files(content, n)
     except KeyError as error:
@@ -126,20 +130,21 @@ def read_files(storage: Storage, files: Mapping[str, LogFile], n: int, with_stat
     return parameters
 
 
-def _read_proven(storage: Storage, file: LogFile) -> dict[str, Array]:
+def read_file(storage: Storage, file: LogFile, remedy: str = RESYNC) -> dict[str, Array]:
+    """The arrays of one file, proven; CorruptLog says what is wrong with it and the remedy."""
     url = storage.url(file.path)
     try:
         data = storage.read_bytes(file.path)
     except FileNotFoundError as error:
-        raise CorruptLog(f"{url} is missing; {RESYNC}") from error
+        raise CorruptLog(f"{url} is missing; {remedy}") from error
     if len(data) != file.size:
-        raise CorruptLog(f"{url} has {len(data)} bytes instead of {file.size}: it is truncated; {RESYNC}")
+        raise CorruptLog(f"{url} has {len(data)} bytes instead of {file.size}: it is truncated; {remedy}")
     if digest(data) != file.sha256:
-        raise CorruptLog(f"{url} does not have the checksum in its manifest; {RESYNC}")
+        raise CorruptLog(f"{url} does not have the checksum in its manifest; {remedy}")
     try:
         return arrays.decode(data)
     except ValueError as error:
-        raise CorruptLog(f"{url} is no safetensors file ({error}); {RESYNC}") from error
+        raise CorruptLog(f"{url} is no safetensors file ({error}); {remedy}") from error
 
 
 def parse_manifest(url: str, data: bytes, model: str, version: int, kind: Kind, n: int) -> LogManifest:

@@ -24,7 +24,10 @@ class _Work(TrackedConfig):
         default="auto", description="where the HSTU stack is trained; auto: a CUDA device if there is one"
     )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; another number can change the last bits")
+    save_every_s: float = Field(
+        default=300.0, ge=0, description="seconds between saves, from which a killed pretraining goes on (0: no saves)"
+    )
 
 
 class PretrainConfig(RankerConfig, RetrieverConfig, _Work):
-    """Everything pretraining depends on; equal settings give the same checkpoint."""
+    """Everything pretraining depends on; equal settings give the same checkpoint, however often it is saved."""

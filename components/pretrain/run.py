@@ -6,7 +6,9 @@ event order, so that no event is left out (--no-learn-eval keeps it apart), and 
 turns into a version. The MLflow run (experiment `pretrain`) holds the settings, loss and speed by step, the learning
 curve, the calibration plot, the dataset's manifest and the metrics.
 
-A finished checkpoint with the same settings is returned as it is, without training.
+A finished checkpoint with the same settings is returned as it is, without training. A pretraining that was
+killed and is run again with the same settings goes on from its newest save (every --save-every-s seconds), in a new
+MLflow run, and ends with the same checkpoint as if nothing had happened, on CPUs to the bit.
 
 example:
   python -m components.pretrain --model ranker --dataset full-20220501 --epochs 4 --dim 32
@@ -14,15 +16,15 @@ example:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from components import sequence_data
 from components.errors import BadInput
 from components.parameters.checkpoint import Checkpoint, checkpoint_folder, find_checkpoint, save_checkpoint
-from components.pretrain.champion import measure_champion
 from components.pretrain.config import PretrainConfig
+from components.pretrain.resume import delete_saves
 from components.storage import Storage
 
 if TYPE_CHECKING:
@@ -53,73 +55,39 @@ def run(config: PretrainConfig) -> PretrainResult:
         finished = _train(config, storage, folder, Tracker(config.tracking_uri))
     else:
         Tracker(config.tracking_uri).finish(finished.run_id)
+    delete_saves(storage, folder)
     return PretrainResult(checkpoint=folder, **finished.model_dump(include=set(PretrainResult.model_fields)))
 
 
-def model_settings(config: PretrainConfig) -> dict[str, Any]:
-    """The settings of the chosen model."""
-    from model.ranker import RankerConfig
-    from model.retriever import RetrieverConfig
-
-    chosen = RankerConfig if config.model == "ranker" else RetrieverConfig
-    return config.model_dump(include=set(chosen.model_fields))
-
-
 def _train(config: PretrainConfig, storage: Storage, folder: str, tracker: Tracker) -> Checkpoint:
-    import torch
-
-    from components.parameters.bridge import build_model, choose_device, export_all
-    from components.quality import baseline, choose_items, measure
+    from components.parameters.bridge import export_all
+    from components.pretrain.learn import Pretraining
     from components.registry import CHAMPION, Registry
-    from components.training import fit
-    from model.trainer import Trainer
 
     if not config.dataset:
         raise BadInput("no dataset given; pass --dataset with the id of a sequence dataset")
     manifest = sequence_data.require_dataset(storage, config.dataset)
-    learn, items = sequence_data.read_part(storage, manifest, "train"), sequence_data.read_items(storage)
-    if learn.users is None:
-        raise BadInput(f"the train part of {config.dataset} has no interaction to learn from; build it over more days")
-    torch.set_num_threads(config.threads)
-    settings = model_settings(config)
-    trainer = Trainer(build_model(config.model, settings, items.catalogue))
-    trainer.model.place(choose_device(config.device))
-    choose_items(trainer, items, learn)
     champion = Registry(config.tracking_uri).alias(config.model, CHAMPION)
+    work = Pretraining(config, storage, folder, manifest, champion)
     params = config.model_dump(exclude={"root", "tracking_uri"})
-    name = f"{config.model} on {config.dataset}"
     key = f"{EXPERIMENT}:{config.model}:{config.digest()}"
     parent = "" if champion is None else champion
-    with tracker.run(EXPERIMENT, key, name, params, model=config.model, parent_version=parent) as tracked:
+    with tracker.run(EXPERIMENT, key, work.name, params, model=config.model, parent_version=parent) as tracked:
         tracked.dataset(storage, manifest, sequence_data.manifest_path(config.dataset), "training")
-        fit(trainer, learn.users, tracked, name)
-        metrics: dict[str, float] = {}
-        times = [learn.event_range]
-        if "eval" in manifest.files:
-            unseen = sequence_data.read_part(storage, manifest, "eval")
-            choose_items(trainer, items, unseen)
-            quality = measure(trainer, unseen.users)
-            metrics = quality.metrics | baseline(trainer, learn, unseen)
-            if champion is not None:
-                metrics |= measure_champion(storage, config.model, champion, items, unseen)
-            tracked.calibration(quality.curves, name)
-            if config.learn_eval and unseen.users is not None:
-                trainer.fit(unseen.users, continual=True)
-                times.append(unseen.event_range)
+        metrics, (first, newest) = work.learn(tracked)
         tracked.metrics(metrics)
         tracked.tags({"checkpoint": folder, "dataset": config.dataset})
-        bounds = [bound for time in times if time is not None for bound in time]
         return save_checkpoint(
             storage,
             folder,
-            export_all(trainer),
+            export_all(work.trainer),
             model=config.model,
             digest=config.digest(),
             dataset=config.dataset,
             windows=manifest.windows,
-            event_time_min_us=min(bounds),
-            event_time_max_us=max(bounds),
+            event_time_min_us=first,
+            event_time_max_us=newest,
             run_id=tracked.run_id,
             metrics=metrics,
-            config=settings,
+            config=work.settings,
         )

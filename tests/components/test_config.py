@@ -96,3 +96,10 @@ def test_equal_settings_have_equal_digests_wherever_they_run() -> None:
     here = PretrainConfig(root="file:///a", tracking_uri="http://a", dataset="x")
     there = PretrainConfig(root="s3://b", tracking_uri="http://b", dataset="x")
     assert here.digest() == there.digest() != PretrainConfig(dataset="x", dim=64).digest()
+
+
+def test_how_often_work_is_saved_is_asked_in_the_form_but_names_no_other_result() -> None:
+    from components.pretrain.config import PretrainConfig
+
+    assert "save_every_s" in form_fields(PretrainConfig)
+    assert PretrainConfig(dataset="x").digest() == PretrainConfig(dataset="x", save_every_s=0).digest()

@@ -73,8 +73,11 @@ def test_the_run_shows_settings_curves_pictures_and_the_dataset(where: dict[str,
     assert run.data.params["epochs"] == "2" and run.data.params["heads"] == "click,long_view,like"
     assert run.data.metrics["auc_click"] == result.metrics["auc_click"] and run.data.metrics["tokens_per_s"] > 0
     assert [m.step for m in client.get_metric_history(result.run_id, "loss")] == [1, 2, 3, 4]
+    assert [m.step for m in client.get_metric_history(result.run_id, "learn_eval_loss")] == [1]
+    assert run.data.metrics["step_tokens_per_s"] > 0 and run.data.metrics["learn_eval_tokens_per_s"] > 0
     pictures = {file.path: file.file_size or 0 for file in client.list_artifacts(result.run_id)}
     assert pictures["learning_curve.png"] > 5000 and pictures["calibration.png"] > 5000
+    assert pictures["learn_eval_learning_curve.png"] > 5000
     assert run.inputs is not None
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.name == "history" and "sequences/history/manifest.json" in used.dataset.source
@@ -131,7 +134,7 @@ def test_the_form_offers_exactly_the_settings_of_both_models_with_their_defaults
     form = form_fields(PretrainConfig)
     assert list(form)[:3] == ["model", "dataset", "learn_eval"] and form["model"]["enum"] == ["ranker", "retriever"]
     models = form_fields(RankerConfig) | form_fields(RetrieverConfig)
-    assert set(form) - {"model", "dataset", "learn_eval", "device", "threads"} == set(models)
+    assert set(form) - {"model", "dataset", "learn_eval", "device", "threads", "save_every_s"} == set(models)
     for name, field in models.items():
         told = {key: value for key, value in form[name].items() if key not in ("description", "title")}
         assert told == {key: value for key, value in field.items() if key not in ("description", "title")}, name

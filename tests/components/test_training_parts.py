@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +21,11 @@ from components.progress import progress
 from components.quality import flat_name
 from components.schemas import ITEMS
 from components.storage import Storage
+from components.tracking import Run
+from components.training import fit
 from components.windows import from_us
 from model.catalogue import ItemCatalogue
-from model.trainer import Trainer
+from model.trainer import Step, Trainer
 from tests.components.parameter_world import identical
 from tests.components.sequence_world import HISTORY, SMALL, START, day, write_day, write_history
 
@@ -115,3 +120,27 @@ def test_the_learning_curve_shows_each_step_and_the_average() -> None:
     (axes,) = learning_curve([1.0] * 40 + [0.0] * 40, "t").axes
     raw, smooth = (np.asarray(line.get_ydata()) for line in axes.lines)
     assert len(raw) == 80 and smooth[0] == 1.0 and smooth[-1] == 0.0
+
+
+def test_the_speed_of_a_fit_counts_the_tokens_that_went_through_the_model(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = sequence_data.read_part(
+        storage, sequence_data.require_dataset(storage, write_history(storage.root)), "train"
+    ).users
+    assert users is not None
+    settings = {**SMALL, "epochs": 3, "batch_tokens": 256, "max_interactions": 14, "stochastic_alpha": 1.2}
+    trainer, read = Trainer(build_model("ranker", settings, ItemCatalogue.empty())), [0]
+    metrics: dict[str, float] = {}
+    original = Trainer._train_batch
+
+    def watched(self: Trainer, *arguments: Any) -> Step:
+        step = original(self, *arguments)
+        read[0] += step.tokens
+        return step
+
+    run = SimpleNamespace(step=lambda *_: None, metrics=metrics.update, figure=lambda *_: None)
+    monkeypatch.setattr(Trainer, "_train_batch", watched)
+    monkeypatch.setattr("components.training.time", SimpleNamespace(monotonic=count(0, 2).__next__))  # takes 2 s
+    fit(trainer, users, cast(Run, run), "t")
+    assert metrics == {"tokens_per_s": read[0] / 2} and 0 < read[0] < 3 * int(users.tokens().sum())
