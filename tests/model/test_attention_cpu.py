@@ -248,3 +248,25 @@ def test_the_operator_itself_never_reads_outside_its_arrays() -> None:
     arguments[6] = arguments[6] + 100
     with pytest.raises(ValueError, match="interval"):
         hstu_attention(*arguments)
+
+
+@pytest.mark.parametrize(("window", "prefix"), [(0, 0), (70, 0), (70, 130)], ids=["all", "window", "window and prefix"])
+@pytest.mark.parametrize("length", [2300, 8600])
+def test_a_sequence_that_tasks_share_equals_its_definition(length: int, window: int, prefix: int) -> None:
+    """More than 1,024 rows are several tasks, more than 8 x 1,024 longer ones; a task keeps what it sees."""
+    torch.manual_seed(1)
+    lengths = torch.tensor([5, length, 3])
+    seen, place = causal(lengths, max_attn_len=window), torch.arange(int(lengths.sum())) - 5
+    if prefix:
+        fixed = torch.where((place >= prefix) & (place < length), prefix, 0)
+        seen = Visibility(seen.offsets, torch.maximum(seen.begin, fixed), torch.maximum(seen.end, fixed), prefix=fixed)
+    data = torch.randn(3, int(lengths.sum()), 2, 4)
+    results = []
+    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        q, k, v = (x.to(dtype).requires_grad_() for x in data.clone())
+        y = attention(q, k, v, seen, alpha=0.3, normaliser=40, kernel=kernel)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y.detach(), q.grad, k.grad, v.grad])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None
+        assert float((ours.double() - theirs).abs().max()) <= 2e-5 * float(theirs.abs().max())
