@@ -5,6 +5,8 @@ TABLE_PARTS := checksum embedding_table embedding_table_batch embedding_table_de
 TABLE_BINDINGS := bindings checksum_bindings serving_bindings snapshot_bindings
 TABLE_TESTS := checksum_test embedding_table_test embedding_table_model_test embedding_table_memory_test \
 	embedding_table_stress index_test reclaimer_test row_codec_test serving_table_test serving_table_stress
+# What runs in several threads, and so is worth ThreadSanitizer's time.
+TABLE_CONCURRENT := embedding_table_model_test embedding_table_stress index_test reclaimer_test serving_table_stress
 TABLE_SOURCES := $(TABLE_PARTS:%=table/%.cc)
 TABLE_HEADERS := $(wildcard table/*.h common/*.h)
 
@@ -31,16 +33,16 @@ $(NATIVE)/freshet_table%: $(TABLE_PARTS:%=$(BUILD)/table/%.o) $(TABLE_BINDINGS:%
 	$(CXX) $(COMMON) $(OPTIMIZE) -shared $^ -o $@.tmp
 	mv $@.tmp $@
 
-# table_runs: name of the target, directory, flags. Every test program in turn.
+# table_runs: name of the target, directory, flags, programs. Each of them in turn.
 define table_runs
-$(TABLE_TESTS:%=$(BUILD)/$(2)/%): $(BUILD)/$(2)/%: $(BUILD)/$(2)/%.o $(TABLE_PARTS:%=$(BUILD)/$(2)/%.o)
+$(4:%=$(BUILD)/$(2)/%): $(BUILD)/$(2)/%: $(BUILD)/$(2)/%.o $(TABLE_PARTS:%=$(BUILD)/$(2)/%.o)
 	$(CXX) $(COMMON) $(3) $$^ -o $$@
-$(1): $(TABLE_TESTS:%=$(BUILD)/$(2)/%)
+$(1): $(4:%=$(BUILD)/$(2)/%)
 	@for test in $$^; do echo $$$$test; $$$$test || exit 1; done
 endef
-$(eval $(call table_runs,table_test,table,$(OPTIMIZE)))
-$(eval $(call table_runs,table_asan,table_asan,$(ASAN)))
-$(eval $(call table_runs,table_tsan,table_tsan,$(TSAN)))
+$(eval $(call table_runs,table_test,table,$(OPTIMIZE),$(TABLE_TESTS)))
+$(eval $(call table_runs,table_asan,table_asan,$(ASAN),$(TABLE_TESTS)))
+$(eval $(call table_runs,table_tsan,table_tsan,$(TSAN),$(TABLE_CONCURRENT)))
 
 table_clean:
 	rm -f $(NATIVE)/freshet_table*.so
