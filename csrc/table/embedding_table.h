@@ -140,8 +140,8 @@ class EmbeddingTable {
   void check_rows(std::size_t n, const Rows& rows) const;
   void check_candidates(std::size_t n) const;
 
-  // Makes ids[n] candidates with the words that an export gave (std::bad_alloc: some of them); ids with a row are left alone. std::invalid_argument for
-  // a table without an admission threshold.
+  // Makes ids[n] candidates with the words that an export gave (std::bad_alloc: some of them); ids with a row are
+  // left alone. std::invalid_argument for a table without an admission threshold.
   void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
 
   // Marks the row of ids[i] as seen at now_us[i] (0 = unknown), if ttl_on_access. std::bad_alloc: some are, some are not.

@@ -19,13 +19,10 @@ from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
 from components.registry import Registry
 from components.storage import LocalFiles, Storage
+from tests.components.death import Killed, die
 from tests.components.parameter_world import identical
 from tests.components.sequence_world import day, write_day
 from tests.components.steps import published_version
-
-
-class Killed(BaseException):
-    """Not an Exception: no handler in the product may swallow it."""
 
 
 @pytest.fixture(scope="module")
@@ -219,20 +216,6 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_bits(
     whole = learn(where, 2)
     expected = {name: file.sha256 for name, file in reader_of(where).manifest(2).files.items()}
 
-    def kill(patch: pytest.MonkeyPatch, owner: type, name: str, at: int, after: bool) -> None:
-        original, calls = getattr(owner, name), [0]
-
-        def mortal(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == at and not after:
-                raise Killed
-            result = original(self, *arguments, **keywords)
-            if calls[0] == at:
-                raise Killed
-            return result
-
-        patch.setattr(owner, name, mortal)
-
     deaths: list[tuple[type, str, int, bool]] = [(Trainer, "predict", 2, True), (Trainer, "_train_batch", 1, True)]
     deaths += [(LocalFiles, "write", 1, False), (LocalFiles, "write", 3, True)]
     deaths += [(LocalFiles, "create", 1, False), (LocalFiles, "create", 1, True)]
@@ -243,7 +226,7 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_bits(
         dataset = write_day(root, 2)
         config = FinetuneConfig(model="ranker", version=1, threads=1, dataset=dataset, **again)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill(patch, *death)
+            die(patch, *death)
             finetune(config)
         committed = death == (LocalFiles, "create", 1, True)
         assert reader_of(again).head() == (2 if committed else 1), death

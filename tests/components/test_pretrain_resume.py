@@ -21,16 +21,13 @@ from components.pretrain.run import run as pretrain
 from components.schemas import ITEMS
 from components.storage import LocalFiles, Storage
 from model.trainer import Trainer
+from tests.components.death import Killed, die
 from tests.components.steps import pretrain_config
 
 STEPS = 6
 """Of the pretraining in these tests: two epochs of two steps, then two over the eval part."""
 AT_EVERY_STEP = 1e-9
 POLICIES = ("refused_", "expired_", "evicted_")
-
-
-class Killed(BaseException):
-    """Not an Exception: no handler in the product may swallow it."""
 
 
 @pytest.fixture
@@ -78,22 +75,6 @@ def bits(where: dict[str, Any], result: PretrainResult) -> dict[str, str]:
 def saves(where: dict[str, Any], ending: str = "") -> list[Path]:
     folder = Path(where["root"].removeprefix("file://"))
     return sorted(path for path in folder.glob("checkpoints/*/*/saves/*") if path.name.endswith(ending))
-
-
-def die(patch: pytest.MonkeyPatch, owner: type, name: str, at: int, after: bool = True) -> None:
-    """Kill the process at the at-th call of a method, before or after it did its work."""
-    original, calls = getattr(owner, name), [0]
-
-    def mortal(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == at and not after:
-            raise Killed
-        result = original(self, *arguments, **keywords)
-        if calls[0] == at:
-            raise Killed
-        return result
-
-    patch.setattr(owner, name, mortal)
 
 
 def killed(config: PretrainConfig, *death: Any) -> None:
