@@ -3,69 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-CHUNK_ELEMENTS = 1 << 19
-"""Logits at hand at a time (2 MiB of float32: they stay near the core)."""
-
-
-def catalogue_cross_entropy(vectors: Tensor, items: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy of the wanted item among all: softmax over vectors @ items^T / temperature.
-
-    vectors (N, d), items (V, d), wanted (N,) int64 rows of items -> scalar. The (N, V) logits never exist: they are
-    made in chunks, and the gradients of a chunk are taken while it is there, so backward costs nothing more.
-    """
-    if not len(vectors):
-        return vectors.sum() * 0.0
-    loss: Tensor = _CatalogueCrossEntropy.apply(vectors, items, wanted, 1.0 / temperature)
-    return loss
-
-
-class _CatalogueCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, vectors: Tensor, items: Tensor, wanted: Tensor, scale: float) -> Tensor:
-        wants_gradient = any(ctx.needs_input_grad)
-        of_vectors = torch.empty_like(vectors)
-        of_items = items.new_zeros(items.shape[::-1])  # (d, V): this way round the product is faster
-        columns = items.T.contiguous()
-        total = vectors.new_zeros((), dtype=torch.float64)
-        size = max(16, CHUNK_ELEMENTS // len(items))
-        for start in range(0, len(vectors), size):
-            part, own = vectors[start : start + size], wanted[start : start + size, None]
-            weights = _by_rows(part * scale, items)
-            top = weights.amax(1, keepdim=True)
-            score = weights.gather(1, own)
-            weights.sub_(top).exp_()
-            sums = weights.sum(1, keepdim=True)
-            total += (sums.log() - (score - top)).sum(dtype=torch.float64)
-            if wants_gradient:
-                weights.mul_(scale / (len(vectors) * sums))
-                weights.scatter_add_(1, own, torch.full_like(top, -scale / len(vectors)))
-                of_vectors[start : start + size] = _by_rows(weights, columns)
-                of_items += _by_rows(part.T.contiguous(), weights.T)
-        if wants_gradient:
-            ctx.save_for_backward(of_vectors, of_items)
-        return (total / len(vectors)).to(vectors.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        of_vectors, of_items = ctx.saved_tensors
-        return of_vectors * upstream, of_items.T * upstream, None, None
-
-
-def _by_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times b (N, K) transposed -> (M, N). oneDNN's product for float32 on the CPU: on AMD processors torch's
-    usual one leaves half of the vector width unused."""
-    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return product
-    return a @ b.T
 
 
 def sampled_cross_entropy(

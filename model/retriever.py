@@ -15,11 +15,12 @@ from model.dataset import SequenceDataset
 from model.embedding import make_table
 from model.heads import linear
 from model.inputs import Queries, Tokens, UserEvents
-from model.losses import catalogue_cross_entropy, sampled_cross_entropy
+from model.losses import sampled_cross_entropy
 from model.metrics import hit_rate, ndcg
 from model.requests import RequestDataset
 from model.sequence_model import SequenceModel
 from model.settings import ModelConfig, RetrieverConfig
+from model.softmax import catalogue_cross_entropy
 from model.table import Events
 
 EPSILON = 1e-6

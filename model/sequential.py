@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from components.errors import BadInput
 from model.attention import causal
 from model.hstu import Hstu, HstuConfig
-from model.losses import catalogue_cross_entropy
+from model.softmax import catalogue_cross_entropy
 
 EPSILON = 1e-6
 

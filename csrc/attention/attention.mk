@@ -6,7 +6,7 @@ ATTENTION_KERNELS := portable avx2 avx512
 ATTENTION_X86 := $(findstring x86_64,$(shell $(CXX) -dumpmachine))
 ATTENTION_FLAGS_avx2 := $(if $(ATTENTION_X86),-mavx2 -mfma)
 ATTENTION_FLAGS_avx512 := $(if $(ATTENTION_X86),-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma)
-ATTENTION_PARTS := attention dispatch layer time_table $(ATTENTION_KERNELS:%=kernel_%)
+ATTENTION_PARTS := attention dispatch layer softmax time_table $(ATTENTION_KERNELS:%=kernel_%)
 ATTENTION_HEADERS := $(wildcard attention/*.h common/*.h)
 ATTENTION_KERNEL_FLAGS = -ffp-contract=fast $(ATTENTION_FLAGS_$(patsubst kernel_%,%,$*))
 
@@ -36,7 +36,8 @@ $(NATIVE)/freshet_attention%: attention/bindings.cc $(ATTENTION_PARTS:%=$(BUILD)
 $(BUILD)/attention_test: FLAGS = $(OPTIMIZE)
 $(BUILD)/attention_asan_test: FLAGS = $(ASAN)
 $(BUILD)/attention_tsan_test: FLAGS = $(TSAN)
-$(BUILD)/%_test: attention/attention_test.cc attention/layer_test.cc $(addprefix $(BUILD)/%/,$(ATTENTION_PARTS:=.o))
+$(BUILD)/%_test: attention/attention_test.cc attention/layer_test.cc attention/softmax_test.cc \
+  $(addprefix $(BUILD)/%/,$(ATTENTION_PARTS:=.o))
 	$(CXX) $(COMMON) $(FLAGS) $^ -o $@
 
 attention_test: $(BUILD)/attention_test

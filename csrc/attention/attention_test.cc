@@ -25,6 +25,7 @@ void expect(bool condition, const std::string& what) {
 }
 
 void test_layers(const std::string& isa);  // layer_test.cc
+void test_softmax(const std::string& isa);  // softmax_test.cc
 
 namespace {
 
@@ -281,6 +282,7 @@ int main() {
     kernels_equal_the_definition(isa);
     threads_change_no_bit(isa);
     test_layers(isa);
+    test_softmax(isa);
   }
   bad_input_is_refused();
   if (failures != 0) return EXIT_FAILURE;

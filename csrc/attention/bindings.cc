@@ -1,6 +1,6 @@
 // The Python module freshet_attention: addresses of contiguous arrays in, the GIL released while the kernels work.
-// Only model/attention_cpu.py and model/fused.py call it; they have checked shapes, types and layout before they pass
-// an address.
+// Only model/attention_cpu.py, model/fused.py and model/softmax.py call it; they have checked shapes, types and layout
+// before they pass an address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "softmax.h"
 
 namespace py = pybind11;
 
@@ -127,10 +128,21 @@ void finish_backward(const py::dict& arguments, const py::dict& gradients, std::
   freshet::attention::finish_backward(in, out, threads);
 }
 
+double catalogue_softmax(const py::dict& a, const py::dict& gradients, std::size_t threads) {
+  freshet::attention::Softmax in;
+  in.rows = number(a, "rows"), in.items = number(a, "items"), in.dim = number(a, "dim");
+  in.vectors = at<const float>(a, "vectors"), in.item_vectors = at<const float>(a, "item_vectors");
+  in.wanted = at<const std::int64_t>(a, "wanted"), in.scale = py::cast<float>(a["scale"]);
+  const freshet::attention::SoftmaxGradients out{at<float>(gradients, "vectors"),
+                                                 at<float>(gradients, "item_vectors")};
+  const py::gil_scoped_release release;
+  return freshet::attention::catalogue_softmax(in, out, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(freshet_attention, module) {
-  module.doc() = "Fused jagged attention and layers; use model.attention and model.fused.";
+  module.doc() = "Fused jagged attention, layers and softmax; use model.attention, model.fused and model.softmax.";
   module.def("forward", &forward, py::arg("inputs"), py::arg("y"), py::arg("threads"));
   module.def("backward", &backward, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
   module.def("project_forward", &project_forward, py::arg("inputs"), py::arg("parts"), py::arg("threads"));
@@ -138,5 +150,6 @@ PYBIND11_MODULE(freshet_attention, module) {
              py::arg("threads"));
   module.def("finish_forward", &finish_forward, py::arg("inputs"), py::arg("y"), py::arg("threads"));
   module.def("finish_backward", &finish_backward, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
+  module.def("catalogue_softmax", &catalogue_softmax, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
   module.def("instruction_set", &freshet::attention::instruction_set);
 }

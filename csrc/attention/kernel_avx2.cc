@@ -27,8 +27,10 @@ struct Isa {
 
 #include "kernel.h"
 #include "layer_kernel.h"
+#include "softmax_kernel.h"
 
 namespace freshet::attention {
-const Kernels kAvx2Kernels = {"avx2", scratch_floats, forward_task, backward_task, &kLayerKernels};
+const Kernels kAvx2Kernels = {"avx2", scratch_floats, forward_task, backward_task, &kLayerKernels,
+                              &kSoftmaxKernels};
 }  // namespace freshet::attention
 #endif

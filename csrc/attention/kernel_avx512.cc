@@ -50,8 +50,10 @@ struct Isa {
 
 #include "kernel.h"
 #include "layer_kernel.h"
+#include "softmax_kernel.h"
 
 namespace freshet::attention {
-const Kernels kAvx512Kernels = {"avx512", scratch_floats, forward_task, backward_task, &kLayerKernels};
+const Kernels kAvx512Kernels = {"avx512", scratch_floats, forward_task, backward_task, &kLayerKernels,
+                                &kSoftmaxKernels};
 }  // namespace freshet::attention
 #endif

@@ -3,7 +3,9 @@
 
 #include "kernel.h"
 #include "layer_kernel.h"
+#include "softmax_kernel.h"
 
 namespace freshet::attention {
-const Kernels kPortableKernels = {"portable", scratch_floats, forward_task, backward_task, &kLayerKernels};
+const Kernels kPortableKernels = {"portable", scratch_floats, forward_task, backward_task, &kLayerKernels,
+                                  &kSoftmaxKernels};
 }  // namespace freshet::attention

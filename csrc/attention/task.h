@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "softmax.h"
 #include "time_table.h"
 
 namespace freshet::attention {
@@ -43,6 +44,7 @@ struct Kernels {
   void (*forward)(const Task& task, void* y, float* scratch);
   void (*backward)(const Task& task, const TaskGradients& gradients, float* scratch);
   const LayerKernels* layer;
+  const SoftmaxKernels* softmax;
 };
 
 // The best ones this machine runs, or those of FRESHET_ISA; throws std::invalid_argument as instruction_set() does.

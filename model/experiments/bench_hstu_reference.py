@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.attention import TIME_BUCKETS
 from model.hstu import Hstu, HstuLayer
-from model.losses import catalogue_cross_entropy
 from model.sequential import EPSILON, HstuEncoder, ItemHistories, NextItem, per_position_cross_entropy
+from model.softmax import catalogue_cross_entropy
 
 
 @dataclass(frozen=True)

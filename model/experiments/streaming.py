@@ -33,9 +33,9 @@ from torch import Tensor
 from model.experiments.last_run import Benchmark
 from model.experiments.run_configs import ALL_CONFIGS, read_config
 from model.experiments.streaming_data import Int64s, Reading, StreamShape, best_hit_rates, make_stream
-from model.losses import catalogue_cross_entropy
 from model.metrics import hit_rate
 from model.sequential import ItemHistories, NextItem, SequentialConfig
+from model.softmax import catalogue_cross_entropy
 
 CONFIGS = ALL_CONFIGS / "streaming"
 ORDER = ("transformer", "hstu-softmax", "hstu")

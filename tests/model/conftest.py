@@ -3,7 +3,19 @@
 import pytest
 import torch
 
+from model._native import freshet_attention
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an instruction set; the kernels are those for it. Skips where this machine lacks it."""
+    monkeypatch.setenv("FRESHET_ISA", request.param)
+    try:
+        return freshet_attention.instruction_set()
+    except ValueError as error:
+        pytest.skip(str(error))

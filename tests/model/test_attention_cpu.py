@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from components.errors import BadInput
-from model._native import freshet_attention
 from model.attention import TIME_BUCKETS, Bias, Visibility, attention, causal, time_bucket
 from model.attention_bias import TIME_BOUNDARIES
 from model.attention_cpu import hstu_attention
@@ -19,15 +18,6 @@ from tests.model.attention_cases import Case, cases, random_case
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 """Of the largest value of the array. bfloat16 is the storage: half a unit in its last place is 2^-9."""
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FRESHET_ISA", request.param)
-    try:
-        return freshet_attention.instruction_set()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from components.errors import BadInput
-from model._native import freshet_attention
 from model.fused import (
     GATES,
     dropout_factors,
@@ -26,15 +25,6 @@ from model.fused import (
 ROWS = [0, 1, 3, 47, 48, 49, 100, 1100]
 WIDTHS = [1, 5, 16, 25, 50, 64, 100]
 EACH_ISA = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FRESHET_ISA", request.param)
-    try:
-        return freshet_attention.instruction_set()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def norm_of(width: int, affine: bool) -> nn.LayerNorm:

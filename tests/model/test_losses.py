@@ -7,72 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from model import losses
 from model.losses import (
-    catalogue_cross_entropy,
     log_seconds_error,
     sampled_binary_cross_entropy,
     sampled_cross_entropy,
 )
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 40),
-    st.integers(1, 30),
-    st.integers(1, 9),
-    st.sampled_from([0.05, 1.0, 5.0]),
-    st.integers(0, 99),
-    st.sampled_from([1, 100, 1 << 18]),
-)
-def test_the_softmax_over_the_catalogue_and_its_gradients_are_cross_entropy(
-    positions: int, items: int, dim: int, temperature: float, seed: int, chunk: int
-) -> None:
-    random = torch.Generator().manual_seed(seed)
-    vectors, table = (torch.randn(n, dim, generator=random, dtype=torch.float64) for n in (positions, items))
-    wanted = torch.randint(items, (positions,), generator=random)
-    results = []
-    for fast in (True, False):
-        v, e = vectors.clone().requires_grad_(), table.clone().requires_grad_()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(losses, "CHUNK_ELEMENTS", chunk)
-            loss = (
-                catalogue_cross_entropy(v, e, wanted, temperature)
-                if fast
-                else F.cross_entropy(v @ e.T / temperature, wanted)
-            )
-        (3 * loss).backward()
-        results.append((loss.detach(), v.grad, e.grad))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_the_softmax_survives_large_logits_and_no_positions() -> None:
-    v = torch.full((2, 3), 100.0, requires_grad=True)
-    loss = catalogue_cross_entropy(v, torch.eye(3) * 50, torch.tensor([0, 1]), 0.01)
-    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)
-    assert catalogue_cross_entropy(v[:0], torch.eye(3), torch.zeros(0, dtype=torch.int64), 1.0).item() == 0.0
-
-
-def test_the_chunks_never_hold_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 64)
-    biggest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal biggest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                biggest = max(biggest, out.numel())
-            return out
-
-    vectors = torch.randn(500, 4, requires_grad=True)
-    with Watch():
-        catalogue_cross_entropy(vectors, torch.randn(40, 4), torch.zeros(500, dtype=torch.int64), 1.0).backward()
-    assert biggest <= 500 * 4, "all that is kept is as large as the vectors"
 
 
 def test_the_sampled_softmax_over_everything_is_the_full_one() -> None:

@@ -1,0 +1,143 @@
+// The softmax over a catalogue against its definition in double.
+#include "softmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+void expect(bool condition, const std::string& what);  // attention_test.cc
+
+namespace {
+
+using namespace freshet::attention;
+using Doubles = std::vector<double>;
+
+struct Problem {
+  Problem(std::size_t rows, std::size_t items, std::size_t dim, float scale) : vectors(rows * dim), table(items * dim) {
+    std::mt19937 random(static_cast<unsigned>(rows + items + dim));
+    for (std::vector<float>* array : {&vectors, &table}) {
+      for (float& x : *array) x = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 1000;
+    }
+    for (std::size_t r = 0; r < rows; ++r) wanted.push_back(static_cast<std::int64_t>(random() % items));
+    in.rows = rows, in.items = items, in.dim = dim, in.scale = scale;
+    in.vectors = vectors.data(), in.item_vectors = table.data(), in.wanted = wanted.data();
+  }
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+
+  std::vector<float> vectors, table;
+  std::vector<std::int64_t> wanted;
+  Softmax in;
+};
+
+struct Result {
+  double loss = 0;
+  std::vector<float> vectors, table;
+};
+
+Result run(const Problem& p, std::size_t threads) {
+  Result out{0, std::vector<float>(p.vectors.size()), std::vector<float>(p.table.size())};
+  out.loss = catalogue_softmax(p.in, {out.vectors.data(), out.table.data()}, threads);
+  return out;
+}
+
+double definition(const Problem& p, Doubles& by_vectors, Doubles& by_table) {
+  const Softmax& in = p.in;
+  double loss = 0;
+  for (std::size_t r = 0; r < in.rows; ++r) {
+    Doubles weights(in.items);
+    double sum = 0;
+    for (std::size_t v = 0; v < in.items; ++v) {
+      double score = 0;
+      for (std::size_t d = 0; d < in.dim; ++d) {
+        score += static_cast<double>(in.scale) * p.vectors[r * in.dim + d] * p.table[v * in.dim + d];
+      }
+      sum += weights[v] = std::exp(score);
+    }
+    const auto own = static_cast<std::size_t>(p.wanted[r]);
+    loss -= std::log(weights[own] / sum) / static_cast<double>(in.rows);
+    for (std::size_t v = 0; v < in.items; ++v) {
+      const double share = weights[v] / sum - (v == own ? 1 : 0);
+      const double slope = share * static_cast<double>(in.scale) / static_cast<double>(in.rows);
+      for (std::size_t d = 0; d < in.dim; ++d) {
+        by_vectors[r * in.dim + d] += slope * p.table[v * in.dim + d];
+        by_table[v * in.dim + d] += slope * p.vectors[r * in.dim + d];
+      }
+    }
+  }
+  return loss;
+}
+
+void expect_near(const std::vector<float>& got, const Doubles& want, const std::string& what) {
+  double largest = 0, error = 0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    largest = std::max(largest, std::abs(want[i]));
+    error = std::max(error, std::abs(static_cast<double>(got[i]) - want[i]));
+  }
+  expect(error <= 1e-5 * largest, what + " is off by " + std::to_string(error / largest) + " of its largest number");
+}
+
+void equals_the_definition(const std::string& isa) {
+  for (const std::size_t rows : {1, 47, 48, 49, 200}) {
+    for (const std::size_t items : {1, 63, 64, 65, 300}) {
+      for (const std::size_t dim : {1, 5, 16, 50}) {
+        const Problem p(rows, items, dim, 1.5f);
+        const std::string name = isa + " softmax, " + std::to_string(rows) + " rows, " + std::to_string(items) +
+                                 " items, " + std::to_string(dim) + " numbers: ";
+        Doubles by_vectors(p.vectors.size()), by_table(p.table.size());
+        const double want = definition(p, by_vectors, by_table);
+        const Result got = run(p, 1);
+        expect(std::abs(got.loss - want) <= 1e-6 * (1 + want), name + "loss " + std::to_string(got.loss));
+        if (items > 1) {  // with one item all gradients are zero
+          expect_near(got.vectors, by_vectors, name + "gradient by the vectors");
+          expect_near(got.table, by_table, name + "gradient by the items");
+        }
+        expect(catalogue_softmax(p.in, {}, 1) == got.loss, name + "the loss alone has other bits");
+      }
+    }
+  }
+}
+
+void no_thread_changes_a_bit(const std::string& isa) {
+  const Problem p(500, 400, 33, 2);
+  const Result one = run(p, 1);
+  for (const std::size_t threads : {2, 3, 16}) {
+    const Result more = run(p, threads);
+    expect(more.loss == one.loss && more.vectors == one.vectors && more.table == one.table,
+           isa + " softmax: " + std::to_string(threads) + " threads give other bits");
+  }
+}
+
+void extreme_scores(const std::string& isa) {
+  Problem p(2, 3, 1, 1);
+  p.vectors = {1e4f, -1e4f}, p.table = {1, 1, -1}, p.wanted = {0, 2};
+  p.in.vectors = p.vectors.data(), p.in.item_vectors = p.table.data(), p.in.wanted = p.wanted.data();
+  const Result got = run(p, 1);
+  expect(std::abs(got.loss - std::log(2.0) / 2) < 1e-6, isa + " softmax of large scores: " + std::to_string(got.loss));
+  p.vectors[1] = std::nanf("");
+  expect(std::isnan(run(p, 1).loss), isa + " softmax: a NaN is lost");
+}
+
+void bad_items_are_refused() {
+  for (const std::int64_t wanted : {-1, 3}) {
+    Problem p(2, 3, 4, 1);
+    p.wanted[1] = wanted;
+    try {
+      run(p, 1);
+      expect(false, "softmax: wanted item " + std::to_string(wanted) + " of 3 is not refused");
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
+}  // namespace
+
+void test_softmax(const std::string& isa) {
+  equals_the_definition(isa);
+  no_thread_changes_a_bit(isa);
+  extreme_scores(isa);
+  bad_items_are_refused();
+}

@@ -1,0 +1,109 @@
+"""Cross-entropy of the wanted item among a whole catalogue: no (N, V) matrix of logits, gradients taken on the way.
+
+On the CPU and in float32 the kernels of csrc/attention/softmax.h do it; everything else takes the chunks of torch
+operators below, which are their reference, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from components.errors import BadInput
+from model._native import freshet_attention
+
+CHUNK_ELEMENTS = 1 << 19
+"""Logits at hand at a time (2 MiB of float32: they stay near the core)."""
+
+Softmax = tuple[Tensor, Tensor, Tensor]
+"""Mean loss (), its gradients by vectors (N, d) and items (V, d); these of shape (0,) where they are not asked for."""
+
+
+def catalogue_cross_entropy(vectors: Tensor, items: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy of the wanted item among all: softmax over vectors @ items^T / temperature.
+
+    vectors (N, d), items (V, d), wanted (N,) int64 rows of items -> scalar; 0 where N is 0. The (N, V) logits never
+    exist: they are made in parts, and the gradients of a part are taken while it is there, so backward costs nothing
+    more. Raises BadInput when the shapes do not fit together, and ValueError or IndexError for a wanted row that items
+    does not have.
+    """
+    if (
+        vectors.dim() != 2
+        or items.dim() != 2
+        or vectors.shape[1] != items.shape[1]
+        or wanted.shape != vectors.shape[:1]
+    ):
+        raise BadInput(
+            f"the softmax needs vectors (N, d), items (V, d) and wanted (N,), got {tuple(vectors.shape)}, "
+            f"{tuple(items.shape)} and {tuple(wanted.shape)}"
+        )
+    if not len(vectors):
+        return vectors.sum() * 0.0
+    loss: Tensor = _CatalogueCrossEntropy.apply(vectors, items, wanted, 1.0 / temperature)
+    return loss
+
+
+class _CatalogueCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, items: Tensor, wanted: Tensor, scale: float) -> Tensor:
+        fused = vectors.device.type == "cpu" and vectors.dtype == items.dtype == torch.float32
+        softmax = catalogue_softmax if fused else softmax_reference
+        loss, of_vectors, of_items = softmax(vectors, items, wanted, scale, any(ctx.needs_input_grad))
+        ctx.save_for_backward(of_vectors, of_items)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_vectors, of_items = ctx.saved_tensors
+        return of_vectors * upstream, of_items * upstream, None, None
+
+
+@torch.library.custom_op("freshet::catalogue_softmax", mutates_args=())
+def catalogue_softmax(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
+    """The operator: float32 on the CPU, N > 0; scores are scale * vectors @ items^T."""
+    vectors, items, wanted = vectors.contiguous(), items.contiguous(), wanted.long().contiguous()
+    of_vectors, of_items = _empty_gradients(vectors, items, gradients)
+    inputs = {
+        "rows": len(vectors), "items": len(items), "dim": vectors.shape[1], "scale": scale,
+        "vectors": vectors.data_ptr(), "item_vectors": items.data_ptr(), "wanted": wanted.data_ptr(),
+    }  # fmt: skip
+    addresses = {"vectors": of_vectors.data_ptr(), "item_vectors": of_items.data_ptr()}
+    loss = freshet_attention.catalogue_softmax(inputs, addresses, torch.get_num_threads())
+    return vectors.new_tensor(loss), of_vectors, of_items
+
+
+@catalogue_softmax.register_fake
+def _(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
+    return vectors.new_empty(()), *_empty_gradients(vectors, items, gradients)
+
+
+def _empty_gradients(vectors: Tensor, items: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    if not wanted:
+        return vectors.new_empty(0), items.new_empty(0)
+    return vectors.new_empty(vectors.shape), items.new_empty(items.shape)
+
+
+def softmax_reference(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
+    """catalogue_softmax by torch operators, for any device and type, in chunks of positions."""
+    of_vectors, of_items = _empty_gradients(vectors, items, gradients)
+    of_items.zero_()
+    total = vectors.new_zeros((), dtype=torch.float64)
+    size = max(16, CHUNK_ELEMENTS // len(items))
+    for start in range(0, len(vectors), size):
+        part, own = vectors[start : start + size], wanted[start : start + size, None]
+        weights = part * scale @ items.T
+        top = weights.amax(1, keepdim=True)
+        score = weights.gather(1, own)
+        weights.sub_(top).exp_()
+        sums = weights.sum(1, keepdim=True)
+        total += (sums.log() - (score - top)).sum(dtype=torch.float64)
+        if gradients:
+            weights.mul_(scale / (len(vectors) * sums))
+            weights.scatter_add_(1, own, torch.full_like(top, -scale / len(vectors)))
+            of_vectors[start : start + size] = weights @ items
+            of_items += weights.T @ part
+    return (total / len(vectors)).to(vectors.dtype), of_vectors, of_items
