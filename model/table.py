@@ -7,13 +7,12 @@ The weights are not torch parameters: the table updates its own rows (`step`), a
 from __future__ import annotations
 
 import math
-import threading
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from model.table_arrays import Floats, Ids, TableDelta, UInt64Array, as_floats, as_ids, slot_hash
+from model.table_consumers import DeltaConsumers
 from model.table_gradients import Events, Forward, Gradients
 
 try:
@@ -94,9 +93,6 @@ class EmbeddingTable(torch.nn.Module):
         self.ttl_on_access = ttl_on_access
         self.threads = threads
         self._pending: list[Forward] = []
-        self._consumers: dict[str, int] = {}  # name -> epoch up to which it has everything
-        self._newcomers: set[str] = set()  # consumers that have acknowledged nothing yet
-        self._consumers_lock = threading.Lock()
         admission = "threshold" if admission_threshold != 1 else "all"
         self._table = freshet_table.Table(
             dim=dim,
@@ -122,6 +118,7 @@ class EmbeddingTable(torch.nn.Module):
             when_full=when_full,
             shards=shards,
         )
+        self.consumers = DeltaConsumers(self._table)  # of its deltas
 
     def extra_repr(self) -> str:
         return f"slot={self.slot!r}, dim={self.dim}, optimizer={self.optimizer!r}, rows={len(self)}"
@@ -292,11 +289,11 @@ class EmbeddingTable(torch.nn.Module):
         """
         if since_epoch < 0:
             raise ValueError(f"since_epoch must be >= 0, got {since_epoch}")
-        return _delta(self._table.export_delta(since_epoch))
+        return TableDelta.of(self._table.export_delta(since_epoch))
 
     def export_all(self) -> TableDelta:
         """All rows and candidates, no tombstones: to be applied to an empty table."""
-        return _delta(self._table.export_all())
+        return TableDelta.of(self._table.export_all())
 
     def apply_delta(self, delta: TableDelta) -> None:
         """Replays an export of a table with the same settings; the changed rows are then equal to the bit.
@@ -322,48 +319,6 @@ class EmbeddingTable(torch.nn.Module):
             raise ValueError(f"up_to_epoch must be >= 0, got {up_to_epoch}")
         return self._table.drop_tombstones(up_to_epoch)
 
-    def subscribe(self, consumer: str) -> None:
-        """From now on `export_for(consumer)` gives what changed; its first delta has all rows and candidates."""
-        with self._consumers_lock:
-            if consumer not in self._consumers:
-                self._consumers[consumer] = self.advance_epoch()
-                self._newcomers.add(consumer)
-
-    def export_for(self, consumer: str) -> tuple[TableDelta, int]:
-        """All that changed since what the consumer acknowledged, and the epoch to acknowledge once it is safe there.
-
-        Until then it comes again: a consumer that fails loses nothing. KeyError for an unknown consumer.
-        """
-        with self._consumers_lock:
-            since, new = self._consumers[consumer], consumer in self._newcomers
-        epoch = self.advance_epoch()
-        delta = self.export_delta(since)
-        if not new:
-            return delta, epoch
-        everything = self.export_all()  # what came back since the delta was taken is no longer gone
-        gone = np.setdiff1d(delta.tombstones, everything.keys, assume_unique=True)
-        return replace(everything, tombstones=gone), epoch
-
-    def acknowledge(self, consumer: str, epoch: int) -> None:
-        """The consumer has all up to that epoch; tombstones that every consumer has are dropped."""
-        with self._consumers_lock:
-            if not 0 <= epoch < self.epoch():
-                raise ValueError(f"epoch {epoch} is not closed; acknowledge what export_for returned")
-            self._consumers[consumer] = max(self._consumers[consumer], epoch)
-            self._newcomers.discard(consumer)
-            everyone = min(self._consumers.values())
-        if everyone > 0:
-            self.drop_tombstones(everyone)
-
-    def unsubscribe(self, consumer: str) -> None:
-        """The consumer is gone for good: tombstones wait for it no longer. KeyError for an unknown consumer."""
-        with self._consumers_lock:
-            del self._consumers[consumer]
-            self._newcomers.discard(consumer)
-            everyone = min(self._consumers.values(), default=0)
-        if everyone > 0:
-            self.drop_tombstones(everyone)
-
     def progress(self) -> UInt64Array:
         """[4]: what training on from here depends on beside rows and candidates. Updates, two cursors, the clock."""
         return np.array([self._table.progress()[name] for name in _PROGRESS], np.uint64)
@@ -377,8 +332,3 @@ class EmbeddingTable(torch.nn.Module):
     def stats(self) -> dict[str, int]:
         """rows, candidates, tombstones, row_bytes, overhead_bytes, and totals of what was done, refused and removed."""
         return self._table.stats()
-
-
-def _delta(arrays: freshet_table.Delta) -> TableDelta:
-    keys, weights, state, last_update_us, counts, candidate_keys, candidates, tombstones = arrays
-    return TableDelta(keys, weights, state, tombstones, last_update_us, counts, candidate_keys, candidates)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+if TYPE_CHECKING:
+    from model._native import freshet_table
 
 Int64Array = npt.NDArray[np.int64]
 UInt32Array = npt.NDArray[np.uint32]
@@ -38,6 +42,12 @@ class TableDelta:
     counts: UInt16Array | None = None  # [n]
     candidate_keys: Int64Array = field(default_factory=_no_ids)  # [c]
     candidates: UInt32Array = field(default_factory=lambda: np.empty(0, np.uint32))  # [c]
+
+    @classmethod
+    def of(cls, arrays: freshet_table.Delta) -> TableDelta:
+        """As the compiled table exports it."""
+        keys, weights, state, last_update_us, counts, candidate_keys, candidates, tombstones = arrays
+        return cls(keys, weights, state, tombstones, last_update_us, counts, candidate_keys, candidates)
 
 
 def slot_hash(slot: str) -> int:

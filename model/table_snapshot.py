@@ -47,9 +47,8 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
     changed meanwhile; OSError if the disk refuses.
     """
     with SnapshotWriter(folder) as writer:
-        with table._consumers_lock:  # nobody's epoch can be ahead of the moment
+        with table.consumers.held() as (consumers, newcomers):  # nobody's epoch can be ahead of the moment
             scan = freshet_table.SnapshotScan(table._table)
-            consumers, newcomers = dict(table._consumers), tuple(sorted(table._newcomers))
         try:
             progress = scan.progress()
             writer.write(0, BUCKETS - 1, dict(zip(TOMBSTONES, scan.tombstones(), strict=True)))
@@ -172,8 +171,7 @@ def _restore_bookkeeping(table: EmbeddingTable, manifest: SnapshotManifest, part
     gone: Int64Array = np.concatenate(keys)
     when: UInt32Array = np.concatenate(epochs)
     freshet_table.begin_restore(table._table, dict(manifest.progress), gone, when)
-    table._consumers = dict(manifest.consumers)
-    table._newcomers = set(manifest.newcomers)
+    table.consumers.restore(manifest.consumers, manifest.newcomers)
 
 
 def _restore_block(table: EmbeddingTable, reader: SnapshotReader, index: int, block: Block, own: range) -> None:

@@ -102,60 +102,60 @@ def _change(table: EmbeddingTable, key: int) -> None:
 
 def test_what_is_not_acknowledged_comes_again_to_each_consumer_alone() -> None:
     table = EmbeddingTable("item", DIM)
-    table.subscribe("server")
-    table.subscribe("backup")
+    table.consumers.subscribe("server")
+    table.consumers.subscribe("backup")
     _change(table, 1)
-    delta, epoch = table.export_for("server")
+    delta, epoch = table.consumers.export("server")
     assert delta.keys.tolist() == [1]
-    table.acknowledge("server", epoch)
+    table.consumers.acknowledge("server", epoch)
     _change(table, 2)
     table.erase(int64(1))
-    delta, _ = table.export_for("server")
+    delta, _ = table.consumers.export("server")
     assert (delta.keys.tolist(), delta.tombstones.tolist()) == ([2], [1])
-    delta, epoch = table.export_for("server")  # the first attempt was lost
+    delta, epoch = table.consumers.export("server")  # the first attempt was lost
     assert (delta.keys.tolist(), delta.tombstones.tolist()) == ([2], [1])
-    table.acknowledge("server", epoch)
+    table.consumers.acknowledge("server", epoch)
     assert table.stats()["tombstones"] == 1  # the backup does not have it yet
-    delta, epoch = table.export_for("backup")
+    delta, epoch = table.consumers.export("backup")
     assert (delta.keys.tolist(), delta.tombstones.tolist()) == ([2], [1])
-    table.acknowledge("backup", epoch)
+    table.consumers.acknowledge("backup", epoch)
     assert table.stats()["tombstones"] == 0
-    assert not len(table.export_for("server")[0].keys)
+    assert not len(table.consumers.export("server")[0].keys)
 
 
 def test_a_late_consumer_gets_every_row_though_old_tombstones_are_gone() -> None:
     table = EmbeddingTable("item", DIM)
-    table.subscribe("server")
+    table.consumers.subscribe("server")
     _change(table, 1)
     _change(table, 2)
     table.erase(int64(2))
-    table.acknowledge("server", table.export_for("server")[1])
-    table.subscribe("late")
-    delta, _ = table.export_for("late")
+    table.consumers.acknowledge("server", table.consumers.export("server")[1])
+    table.consumers.subscribe("late")
+    delta, _ = table.consumers.export("late")
     assert delta.keys.tolist() == [1]
     table.erase(int64(1))  # after the first delta, which may have been applied though nobody acknowledged it
-    delta, epoch = table.export_for("late")
+    delta, epoch = table.consumers.export("late")
     assert (delta.keys.tolist(), delta.tombstones.tolist()) == ([], [1])
-    table.acknowledge("late", epoch)
-    table.subscribe("late")  # again: nothing is sent twice
-    assert not len(table.export_for("late")[0].tombstones)
+    table.consumers.acknowledge("late", epoch)
+    table.consumers.subscribe("late")  # again: nothing is sent twice
+    assert not len(table.consumers.export("late")[0].tombstones)
 
 
 def test_only_closed_epochs_of_known_consumers_can_be_acknowledged() -> None:
     table = EmbeddingTable("item", DIM)
-    table.subscribe("server")
-    _, epoch = table.export_for("server")
+    table.consumers.subscribe("server")
+    _, epoch = table.consumers.export("server")
     for bad in (epoch + 1, -1):
-        with pytest.raises(ValueError, match="acknowledge what export_for returned"):
-            table.acknowledge("server", bad)
-    table.acknowledge("server", epoch)
-    table.acknowledge("server", 0)  # late and out of order: what it has it keeps
+        with pytest.raises(ValueError, match="acknowledge what export returned"):
+            table.consumers.acknowledge("server", bad)
+    table.consumers.acknowledge("server", epoch)
+    table.consumers.acknowledge("server", 0)  # late and out of order: what it has it keeps
     _change(table, 1)
-    assert table.export_for("server")[0].keys.tolist() == [1]
+    assert table.consumers.export("server")[0].keys.tolist() == [1]
     with pytest.raises(KeyError, match="nobody"):
-        table.export_for("nobody")
+        table.consumers.export("nobody")
     with pytest.raises(KeyError, match="nobody"):
-        table.acknowledge("nobody", epoch)
+        table.consumers.acknowledge("nobody", epoch)
 
 
 def test_a_row_that_became_a_candidate_again_is_erased_at_the_consumer() -> None:
@@ -218,29 +218,33 @@ def test_a_delta_that_is_refused_erases_nothing(damage: dict[str, Any]) -> None:
 
 def test_a_consumer_that_is_gone_for_good_keeps_no_tombstones() -> None:
     table = EmbeddingTable("item", DIM)
-    table.subscribe("server")
-    table.subscribe("gone")
+    table.consumers.subscribe("server")
+    table.consumers.subscribe("gone")
     _change(table, 1)
     table.erase(int64(1))
-    table.acknowledge("server", table.export_for("server")[1])
+    table.consumers.acknowledge("server", table.consumers.export("server")[1])
     assert table.stats()["tombstones"] == 1
-    table.unsubscribe("gone")
+    table.consumers.unsubscribe("gone")
     assert table.stats()["tombstones"] == 0
     with pytest.raises(KeyError, match="gone"):
-        table.export_for("gone")
+        table.consumers.export("gone")
 
 
 def test_what_comes_back_while_the_first_delta_is_taken_is_not_erased_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     table = EmbeddingTable("item", DIM)
-    table.subscribe("server")
+    table.consumers.subscribe("server")
     table.find_or_insert(int64(1, 2))
     table.erase(int64(1, 2))
-    export_all = table.export_all
+    compiled = table._table
 
-    def late() -> TableDelta:
-        table.find_or_insert(int64(1))  # by another thread, between the two parts of the export
-        return export_all()
+    class Late:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(compiled, name)
 
-    monkeypatch.setattr(table, "export_all", late)
-    delta, _ = table.export_for("server")
+        def export_all(self) -> Any:
+            table.find_or_insert(int64(1))  # by another thread, between the two parts of the export
+            return compiled.export_all()
+
+    monkeypatch.setattr(table.consumers, "_table", Late())
+    delta, _ = table.consumers.export("server")
     assert (delta.keys.tolist(), delta.tombstones.tolist()) == ([1], [2])

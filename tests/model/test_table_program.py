@@ -185,7 +185,7 @@ class Program(RuleBasedStateMachine):
     def subscribe(self, name: str) -> None:
         if name not in self.replicas:
             self.replicas[name] = self.make()
-            self.table.subscribe(name)
+            self.table.consumers.subscribe(name)
             self.model.epoch = self.table.epoch()
 
     @rule(name=st.sampled_from(["server", "backup"]), end=st.sampled_from(["lost", "applied", "acknowledged"]))
@@ -193,16 +193,16 @@ class Program(RuleBasedStateMachine):
         """The consumer dies before it has applied the delta, or before it acknowledges, or not at all."""
         if name not in self.replicas:
             return
-        since = self.table._consumers[name]
-        new = name in self.table._newcomers
-        delta, epoch = self.table.export_for(name)
+        with self.table.consumers.held() as (cursors, newcomers):
+            since, new = cursors[name], name in newcomers
+        delta, epoch = self.table.consumers.export(name)
         self.model.check_delta(delta, 0 if new else since)
         assert delta.tombstones.tolist() == self.model.gone(since)
         self.model.epoch = self.table.epoch()
         if end != "lost":
             self.replicas[name].apply_delta(delta)
         if end == "acknowledged":
-            self.table.acknowledge(name, epoch)
+            self.table.consumers.acknowledge(name, epoch)
             assert_same_table(self.replicas[name], self.table)
 
     @rule(shards=st.sampled_from([1, 2, 16, 64]))

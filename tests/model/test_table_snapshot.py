@@ -132,20 +132,20 @@ def test_a_table_with_rows_cannot_be_filled(tmp_path: Path) -> None:
 
 def test_consumers_go_on_where_they_were(tmp_path: Path) -> None:
     table = EmbeddingTable("item", 2)
-    table.subscribe("server")
+    table.consumers.subscribe("server")
     table.find_or_insert(int64(1, 2, 3))
-    table.acknowledge("server", table.export_for("server")[1])
+    table.consumers.acknowledge("server", table.consumers.export("server")[1])
     table.erase(int64(1))
     table.upsert(int64(2), np.zeros((1, 2), np.float32))
-    table.subscribe("late")
+    table.consumers.subscribe("late")
     save_snapshot(table, tmp_path / "snapshot")
     restored = load_snapshot(tmp_path / "snapshot")
     for name, keys in (("server", [2]), ("late", [2, 3])):
         for one in (table, restored):
-            delta, epoch = one.export_for(name)
+            delta, epoch = one.consumers.export(name)
             assert delta.keys.tolist() == keys
             assert delta.tombstones.tolist() == ([1] if name == "server" else [])
-            one.acknowledge(name, epoch)
+            one.consumers.acknowledge(name, epoch)
     assert restored.stats()["tombstones"] == 0
 
 

@@ -96,7 +96,7 @@ def test_any_number_of_processes_goes_on_as_one(tmp_path: Path) -> None:
 
     through = [EmbeddingTable("item", 2, **policy)]
     step_all(through, range(12))
-    through[0].subscribe("server")
+    through[0].consumers.subscribe("server")
     folder = save(through, "one")
     parts = [load_snapshot(folder, shard=(i, 3)) for i in range(3)]
     step_all(through, range(12, 24))
@@ -108,7 +108,7 @@ def test_any_number_of_processes_goes_on_as_one(tmp_path: Path) -> None:
     joined = load_snapshot(save(parts, "two"))
     assert_same_table(joined, through[0])
     assert joined.stats()["expired"] == 0 < through[0].stats()["expired"]
-    a, b = joined.export_for("server")[0], through[0].export_for("server")[0]
+    a, b = joined.consumers.export("server")[0], through[0].consumers.export("server")[0]
     assert a.keys.tolist() == b.keys.tolist() and a.tombstones.tolist() == b.tombstones.tolist()
 
 
@@ -133,20 +133,20 @@ def test_snapshots_that_are_not_parts_of_one_table_are_refused(tmp_path: Path) -
 
 def test_a_consumer_that_had_acknowledged_one_part_alone_goes_on_after_the_parts_are_joined(tmp_path: Path) -> None:
     table = EmbeddingTable("item", 2)
-    table.subscribe("server")
+    table.consumers.subscribe("server")
     table.find_or_insert(np.arange(100, dtype=np.int64))
-    table.acknowledge("server", table.export_for("server")[1])
+    table.consumers.acknowledge("server", table.consumers.export("server")[1])
     save_snapshot(table, tmp_path / "one")
     parts = [load_snapshot(tmp_path / "one", shard=(i, 2)) for i in range(2)]
     gone = [part.export_all().keys[:5] for part in parts]
     for i, part in enumerate(parts):
         part.erase(gone[i])
-        epoch = part.export_for("server")[1]
+        epoch = part.consumers.export("server")[1]
         if i == 0:
-            part.acknowledge("server", epoch)
+            part.consumers.acknowledge("server", epoch)
         save_snapshot(part, tmp_path / str(i))
     joined = load_snapshot([tmp_path / "0", tmp_path / "1"])
-    delta, epoch = joined.export_for("server")
+    delta, epoch = joined.consumers.export("server")
     assert set(gone[1]) <= set(delta.tombstones)
-    joined.acknowledge("server", epoch)
+    joined.consumers.acknowledge("server", epoch)
     assert joined.stats()["tombstones"] == 0
