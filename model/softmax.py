@@ -27,18 +27,14 @@ def catalogue_cross_entropy(vectors: Tensor, items: Tensor, wanted: Tensor, temp
 
     vectors (N, d), items (V, d), wanted (N,) int64 rows of items -> scalar; 0 where N is 0. The (N, V) logits never
     exist: they are made in parts, and the gradients of a part are taken while it is there, so backward costs nothing
-    more. Raises BadInput when the shapes do not fit together, and ValueError or IndexError for a wanted row that items
-    does not have.
+    more. Raises BadInput when shapes or types do not fit together, and ValueError (RuntimeError off the CPU or
+    float32) for a wanted row that items does not have.
     """
-    if (
-        vectors.dim() != 2
-        or items.dim() != 2
-        or vectors.shape[1] != items.shape[1]
-        or wanted.shape != vectors.shape[:1]
-    ):
+    shapes = (vectors.dim(), items.dim(), vectors.shape[1:], wanted.shape)
+    if shapes != (2, 2, items.shape[1:], vectors.shape[:1]) or wanted.dtype != torch.int64:
         raise BadInput(
-            f"the softmax needs vectors (N, d), items (V, d) and wanted (N,), got {tuple(vectors.shape)}, "
-            f"{tuple(items.shape)} and {tuple(wanted.shape)}"
+            f"the softmax needs vectors (N, d), items (V, d) and wanted (N,) int64, got {tuple(vectors.shape)}, "
+            f"{tuple(items.shape)} and {tuple(wanted.shape)} {wanted.dtype}"
         )
     if not len(vectors):
         return vectors.sum() * 0.0
@@ -65,7 +61,7 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
 @torch.library.custom_op("freshet::catalogue_softmax", mutates_args=())
 def catalogue_softmax(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
     """The operator: float32 on the CPU, N > 0; scores are scale * vectors @ items^T."""
-    vectors, items, wanted = vectors.contiguous(), items.contiguous(), wanted.long().contiguous()
+    vectors, items, wanted = vectors.contiguous(), items.contiguous(), wanted.contiguous()
     of_vectors, of_items = _empty_gradients(vectors, items, gradients)
     inputs = {
         "rows": len(vectors), "items": len(items), "dim": vectors.shape[1], "scale": scale,
