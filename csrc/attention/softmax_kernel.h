@@ -10,13 +10,13 @@ namespace {
 
 static_assert(kSoftmaxItems % (2 * kLanes) == 0, "a tile of items is whole pairs of vectors");
 
-// A tile of items, packed: turned [dim][kSoftmaxItems], then straight [kSoftmaxItems][wide]; zeros behind the last
+// A tile of items, packed: turned [tall][kSoftmaxItems], then straight [kSoftmaxItems][wide]; zeros behind the last
 // item.
 struct PackedItems {
   explicit PackedItems(const Softmax& in)
-      : wide(round_up(in.dim, kLanes)), straight_at(in.dim * kSoftmaxItems),
+      : wide(round_up(in.dim, kLanes)), tall(round_up(in.dim, 4)), straight_at(tall * kSoftmaxItems),
         floats(straight_at + kSoftmaxItems * wide) {}
-  std::size_t wide, straight_at, floats;
+  std::size_t wide, tall, straight_at, floats;
 };
 
 struct SoftmaxTile {
@@ -45,9 +45,7 @@ inline void pack_items(const Softmax& in, float* packed) {
     float* const straight = packed + layout.straight_at;
     read_rows(in.item_vectors, Storage::kFloat32, first * in.dim, in.dim, count, in.dim, 1, straight, layout.wide);
     fill_zero(straight + count * layout.wide, (kSoftmaxItems - count) * layout.wide);
-    for (std::size_t d = 0; d < in.dim; ++d) {
-      for (std::size_t i = 0; i < kSoftmaxItems; ++i) packed[d * kSoftmaxItems + i] = straight[i * layout.wide + d];
-    }
+    transpose(straight, layout.wide, kSoftmaxItems, layout.tall, packed, kSoftmaxItems);
   }
 }
 

@@ -1,5 +1,7 @@
 """Shared settings of the model tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -19,3 +21,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return freshet_attention.instruction_set()
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may set torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

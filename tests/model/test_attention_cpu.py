@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,13 +16,6 @@ from tests.model.attention_cases import Case, cases, random_case
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 """Of the largest value of the array. bfloat16 is the storage: half a unit in its last place is 2^-9."""
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_equals_reference(case: Case) -> None:

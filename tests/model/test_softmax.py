@@ -67,17 +67,14 @@ def test_the_kernels_are_cross_entropy(
         assert float((mine.double() - exact).abs().max()) < 1e-5 * scale
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_position_depends_on_no_other_and_no_number_of_threads(isa: str) -> None:
     vectors, table, wanted = problem(700, 333, 50, 3)
     vectors, table = vectors.float(), table.float()
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(catalogue_softmax(vectors, table, wanted, 1.0, True))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(catalogue_softmax(vectors, table, wanted, 1.0, True))
     for other in results[1:]:
         for one, more in zip(results[0], other, strict=True):
             assert torch.equal(one, more)
