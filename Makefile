@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 SLOW := not browser and not gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint format test unit browser demo up down clean sanitize lock
+.PHONY: help setup build lint format test unit browser demo up down clean sanitize triton lock
 
 help: ## print the targets
-	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-24s %s\n", $$1, $$2}'
 
 $(STAMP): requirements.lock infra/bootstrap.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash infra/bootstrap.sh
@@ -42,6 +42,10 @@ browser: setup ## look at the UIs of a running demo with headless Chromium; writ
 	@$(VENV)/bin/uv pip install -q -p $(VENV) -r infra/browser-requirements.txt
 	@$(PY) -m pytest -m browser tests/browser
 
+triton: setup ## test the GPU kernels: on a CUDA device, or in Triton's interpreter (installs triton)
+	@$(PY) -c "import triton" 2>/dev/null || $(VENV)/bin/uv pip install -q -p $(VENV) -r infra/triton-requirements.txt
+	@$(PY) -m pytest tests/model/test_attention_triton.py tests/model/test_attention_triton_promises.py
+
 sanitize: setup ## the C++ tests under ASan with UBSan, and under TSan
 	@$(MAKE) --no-print-directory -C csrc asan tsan PYTHON="$(CURDIR)/$(PY)"
 
@@ -65,6 +69,9 @@ bench-collisions: setup ## what id collisions cost, and what admission and expir
 
 bench-hstu: setup ## training steps, attention and ranking beside faithful PyTorch references
 	@$(PY) -m model.experiments.bench_hstu
+
+bench-attention-cuda: setup ## the Triton attention beside PyTorch, eager and compiled (needs a CUDA device)
+	@$(PY) -m model.experiments.bench_attention_cuda $(ARGS)
 
 bench-ml1m: setup ## next item on MovieLens, HSTU and SASRec; hours (DATA=path/to/ml-1m, ARGS="--only hstu --threads 1")
 	@$(PY) -m model.experiments.ml1m --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
