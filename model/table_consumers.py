@@ -41,37 +41,42 @@ class DeltaConsumers:
 
         Until then it comes again: a consumer that fails loses nothing. KeyError for an unknown consumer.
         """
-        with self._lock:
+        with self._lock:  # meanwhile no acknowledgement drops tombstones that this export needs
             since, new = self._cursors[consumer], consumer in self._newcomers
-        epoch = self._table.advance_epoch()
-        delta = TableDelta.of(self._table.export_delta(since))
-        if not new:
-            return delta, epoch
-        everything = TableDelta.of(self._table.export_all())  # what came back since the delta is no longer gone
+            epoch = self._table.advance_epoch()
+            delta = TableDelta.of(self._table.export_delta(since))
+            if not new:
+                return delta, epoch
+            everything = TableDelta.of(self._table.export_all())  # what came back since the delta is no longer gone
         gone = np.setdiff1d(delta.tombstones, everything.keys, assume_unique=True)
         return replace(everything, tombstones=gone), epoch
 
     def acknowledge(self, consumer: str, epoch: int) -> None:
-        """The consumer has all up to that epoch. KeyError for an unknown consumer, ValueError for an open epoch."""
+        """The consumer has all up to that epoch; one that is no later than its cursor changes nothing.
+
+        KeyError for an unknown consumer, ValueError for an open epoch.
+        """
         with self._lock:
             if not 0 <= epoch < self._table.epoch():
                 raise ValueError(f"epoch {epoch} is not closed; acknowledge what export returned")
-            self._cursors[consumer] = max(self._cursors[consumer], epoch)
-            self._newcomers.discard(consumer)
-            everyone = min(self._cursors.values())
-        self._drop_tombstones(everyone)
+            if epoch > self._cursors[consumer]:  # else it is of an export from before: of a newcomer, before it came
+                self._cursors[consumer] = epoch
+                self._newcomers.discard(consumer)
+            self._drop_tombstones()
 
     def unsubscribe(self, consumer: str) -> None:
-        """The consumer is gone for good: tombstones wait for it no longer. KeyError for an unknown consumer."""
+        """The consumer is gone for good: tombstones wait for it no longer. KeyError for an unknown consumer.
+
+        After the last one they stay until somebody drops them: whoever exports without a consumer may want them.
+        """
         with self._lock:
             del self._cursors[consumer]
             self._newcomers.discard(consumer)
-            everyone = min(self._cursors.values(), default=0)
-        self._drop_tombstones(everyone)
+            self._drop_tombstones()
 
-    def _drop_tombstones(self, up_to_epoch: int) -> None:
-        if up_to_epoch > 0:
-            self._table.drop_tombstones(up_to_epoch)
+    def _drop_tombstones(self) -> None:
+        if (everyone := min(self._cursors.values(), default=0)) > 0:
+            self._table.drop_tombstones(everyone)
 
     @contextmanager
     def held(self) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:

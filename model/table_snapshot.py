@@ -152,8 +152,10 @@ def _joined(readers: list[SnapshotReader]) -> SnapshotManifest:
         consumers[name] = min(epoch, consumers.get(name, epoch))
     known_to_all = consumers.keys() & set.intersection(*(set(m.consumers) - set(m.newcomers) for m in manifests))
     newcomers = tuple(sorted(consumers.keys() - known_to_all))
-    # A part may have dropped tombstones that a consumer of another part still waits for: it has those of the first.
-    dropped_to = min([max(m.progress["dropped_to"] for m in manifests), *consumers.values()])
+    dropped_to = max(m.progress["dropped_to"] for m in manifests)
+    if all(epoch >= m.progress["dropped_to"] for m in manifests for epoch in m.consumers.values()):
+        # What a part has dropped, its own consumers have. So a consumer whose cursor is behind in another part misses none.
+        dropped_to = min([dropped_to, *consumers.values()])
     progress = {**first.progress, "clock": clock, "dropped_to": dropped_to}
     return replace(first, progress=progress, consumers=consumers, newcomers=newcomers)
 
