@@ -11,6 +11,7 @@ FEATURES = ("item", "author", "category", "page", "duration", "user")
 DAY_US = 86_400_000_000
 _MOST_EVENTS = 65_535
 _MOST_DAYS = 36_500
+_MOST_DAYS_OF_CANDIDATES = 1_000
 _MOST_ROWS = 10**12
 
 
@@ -25,9 +26,15 @@ def policies(config: ModelConfig, slot: str) -> dict[str, Any]:
     def number(setting: str, most: int, default: int) -> int:
         return by_feature(getattr(config, setting), setting, most).get(feature_of(slot), default)
 
+    threshold, days = number("table_admission", _MOST_EVENTS, 1), number("table_ttl_days", _MOST_DAYS, 0)
+    if threshold > 1 and days > _MOST_DAYS_OF_CANDIDATES:
+        raise BadInput(
+            f"table_ttl_days keeps {feature_of(slot)} for {days} days; with table_admission of it at most "
+            f"{_MOST_DAYS_OF_CANDIDATES} can be told for ids that wait"
+        )
     return {
-        "admission_threshold": number("table_admission", _MOST_EVENTS, 1),
-        "ttl_us": number("table_ttl_days", _MOST_DAYS, 0) * DAY_US,
+        "admission_threshold": threshold,
+        "ttl_us": days * DAY_US,
         "min_rows": number("table_min_rows", _MOST_ROWS, 0),
         "max_rows": number("table_max_rows", _MOST_ROWS, 0),
         "when_full": config.table_when_full,

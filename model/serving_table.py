@@ -59,11 +59,16 @@ class ServingTable(torch.nn.Module):
 
     # Reading
 
-    def forward(self, ids: torch.Tensor, events: Events | None = None) -> torch.Tensor:
-        """float32 [..., dim] for int64 ids [...], without gradient; an absent id gets its initial weights.
+    def forward(
+        self,
+        ids: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        pooling: str = "sum",
+        events: Events | None = None,
+    ) -> torch.Tensor:
+        """As `EmbeddingTable.forward`, without gradient: float32 [..., dim], or with offsets [bags, dim].
 
-        events are of no account here: nothing is admitted and nothing expires.
-
+        An absent id gets its initial weights. events are of no account here: nothing is admitted and nothing expires.
         RuntimeError in training mode: the rows would never learn.
         """
         if self.training:
@@ -73,7 +78,8 @@ class ServingTable(torch.nn.Module):
             )
         if not isinstance(ids, torch.Tensor):
             raise TypeError(f"ids must be a torch tensor, got {type(ids).__name__}; use torch.as_tensor(ids)")
-        return self.lookup(ids).to(ids.device)
+        rows = self.lookup(ids) if offsets is None else self.lookup_pooled(ids, offsets, pooling)
+        return rows.to(ids.device)
 
     def lookup(self, ids: Ids, missing: str = "initial") -> torch.Tensor:
         """float32 [..., dim] on the CPU for int64 ids [...]. missing: "initial" or "zeros"."""

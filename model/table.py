@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from model.table_arrays import Floats, Ids, TableDelta, UInt64Array, as_floats, as_ids, slot_hash
+from model.table_arrays import Floats, Ids, Int64Array, TableDelta, UInt64Array, as_floats, as_ids, slot_hash
 from model.table_consumers import DeltaConsumers
 from model.table_gradients import Events, Forward, Gradients
 
@@ -24,6 +24,7 @@ __all__ = ["OPTIMIZERS", "EmbeddingTable", "Events", "TableDelta", "slot_hash"]
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 POOLINGS = ("sum", "mean")
+MAX_LEARNING_RATE = 1e6
 _EPSILON = {"adam": 1e-8}
 _PROGRESS = ("updates", "sweep_at", "eviction_at", "clock")
 
@@ -41,7 +42,8 @@ class EmbeddingTable(torch.nn.Module):
     candidate), or at each event with admission_probability; gradients before that are dropped and counted.
     Expiry: rows without an event (with ttl_on_access: nor read for one by a training forward) for ttl_us go, a part of
     the table at each step, all with `expire_stale`, never below min_rows. An id is an event wherever it occurs, unless
-    the forward says otherwise (`Events`): a negative updates a row, but does not admit it or keep it.
+    the forward says otherwise (`Events`): a negative updates a row, but does not admit it or keep it. With a threshold
+    ttl_us is at most 1,000 days.
     max_rows: then when_full says: "refuse" new ids, or evict neighbours in hash order, "evict_stalest" or
     "evict_rarest". `stats` counts whatever was refused or has gone.
 
@@ -85,9 +87,12 @@ class EmbeddingTable(torch.nn.Module):
             raise ValueError(f"dim must be at least 1, got {dim}")
         if admission_threshold != 1 and admission_probability != 1.0:
             raise ValueError("give an admission_threshold or an admission_probability, not both")
-        for name, value in (("admission_threshold", admission_threshold), ("ttl_us", ttl_us), ("max_rows", max_rows)):
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0, got {value}")
+        if len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas}")
+        if not 0 <= learning_rate <= MAX_LEARNING_RATE:
+            raise ValueError(f"learning_rate must be between 0 and {MAX_LEARNING_RATE:.0e}, got {learning_rate}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, or None, got {threads}")
         self.slot, self.dim, self.optimizer = slot, dim, optimizer
         self.learning_rate, self.init_scale, self.seed = learning_rate, init_scale, seed
         self.ttl_on_access = ttl_on_access
@@ -108,8 +113,8 @@ class EmbeddingTable(torch.nn.Module):
             seed=seed,
             slot_hash=slot_hash(slot),
             admission="probability" if admission_probability != 1.0 else admission,
-            threshold=admission_threshold,
-            probability=admission_probability,
+            admission_threshold=admission_threshold,
+            admission_probability=admission_probability,
             ttl_us=ttl_us,
             ttl_on_access=ttl_on_access,
             min_rows=min_rows,
@@ -157,10 +162,8 @@ class EmbeddingTable(torch.nn.Module):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be sum or mean, got {pooling!r}")
         flat = as_ids(ids)
-        if events is not None and not len(events.counts) == len(events.newest_us) == len(flat):
-            raise ValueError(
-                f"events are of {len(events.counts)} ids, but {len(flat)} are looked up; give one for each"
-            )
+        if events is not None:
+            events.check(len(flat))
         ends = None if offsets is None else as_ids(offsets, "offsets")
         if ends is None:
             values = self._table.lookup(flat, True, self._threads())
@@ -177,16 +180,18 @@ class EmbeddingTable(torch.nn.Module):
         """Applies all pending gradients as one batch, forwards in order, each id once; then forgets them.
 
         lr: None = `learning_rate`. now_us: event time of the update, 0 = unknown. Returns the rows updated.
-        ValueError if a gradient is not finite: then nothing has changed, and `discard` drops the gradients.
+        ValueError if a gradient is not finite, or now_us is before 1970 or after 2106: then nothing has changed, and
+        `discard` drops the gradients.
         MemoryError: rows that were there may have had their step, so the gradients are gone; do not repeat it.
         """
+        updated = 0
         try:
             gradients = Gradients.of(self._pending, now_us)
-            updated = 0 if gradients is None else self._update(gradients, lr, now_us)
-            if self.ttl_on_access:
-                for forward in self._pending:
-                    events = forward.events_at(now_us)
-                    self._table.touch(forward.ids, np.where(events.counts > 0, events.newest_us, 0))
+            reads = self._reads(now_us)
+            if gradients is not None:
+                updated = self._update(gradients, lr, now_us, reads)
+            elif reads is not None:
+                self._table.touch(*reads)
         except MemoryError:
             self.discard()
             raise
@@ -221,11 +226,21 @@ class EmbeddingTable(torch.nn.Module):
         """
         return self._update(Gradients(as_ids(ids), as_floats(grads, "grads")), lr, now_us)
 
-    def _update(self, g: Gradients, lr: float | None, now_us: int) -> int:
+    def _reads(self, now_us: int) -> tuple[Int64Array, Int64Array] | None:
+        """All ids that were read, with their times, where reading keeps a row."""
+        if not (self.ttl_on_access and self._pending):
+            return None
+        ids, times = zip(*(forward.reads_at(now_us) for forward in self._pending), strict=True)
+        return np.concatenate(ids), np.concatenate(times)
+
+    def _update(
+        self, g: Gradients, lr: float | None, now_us: int, reads: tuple[Int64Array, Int64Array] | None = None
+    ) -> int:
         rate = self.learning_rate if lr is None else lr
         counts, newest_us = (None, None) if g.events is None else (g.events.counts, g.events.newest_us)
+        read_ids, read_us = reads or (None, None)
         return self._table.apply_gradients(
-            g.ids, g.grads, g.row, g.scale, counts, newest_us, rate, now_us, self._threads()
+            g.ids, g.grads, g.row, g.scale, counts, newest_us, read_ids, read_us, rate, now_us, self._threads()
         )
 
     # Reading and writing rows

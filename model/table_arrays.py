@@ -21,6 +21,9 @@ Float32Array = npt.NDArray[np.float32]
 Ids = torch.Tensor | Int64Array
 Floats = torch.Tensor | Float32Array
 
+MAX_TIME_US = (2**32 - 1) * 1_000_000
+"""The newest event time that a table takes, in the year 2106: it keeps seconds in 32 bits (csrc/table/row_meta.h)."""
+
 
 def _no_ids() -> Int64Array:
     return np.empty(0, np.int64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.table_arrays import Float32Array, Int64Array, UInt32Array, as_floats
+from model.table_arrays import MAX_TIME_US, Float32Array, Int64Array, UInt32Array, as_floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,18 @@ class Events:
     """
 
     counts: UInt32Array  # [n]
-    newest_us: Int64Array  # [n], >= 0, 0 = unknown
+    newest_us: Int64Array  # [n], 0 (unknown) to the year 2106
+
+    def check(self, n: int) -> None:
+        """Raises ValueError unless they are of n ids and in time, TypeError for other dtypes."""
+        if not len(self.counts) == len(self.newest_us) == n:
+            raise ValueError(f"events are of {len(self.counts)} ids, but {n} are looked up; give one for each")
+        if (self.counts.dtype, self.newest_us.dtype) != (np.uint32, np.int64):
+            raise TypeError(
+                f"events need uint32 counts and int64 times, got {self.counts.dtype}, {self.newest_us.dtype}"
+            )
+        if n and not 0 <= self.newest_us.min() <= self.newest_us.max() <= MAX_TIME_US:
+            raise ValueError("times of events must be microseconds from 0 (unknown) to the year 2106")
 
     @classmethod
     def at(cls, times_us: torch.Tensor) -> Events:
@@ -56,6 +67,11 @@ class Forward:
         """With the time of the step where the forward has none of its own."""
         n = len(self.ids)
         return self.events or Events(np.ones(n, np.uint32), np.full(n, now_us, np.int64))
+
+    def reads_at(self, now_us: int) -> tuple[Int64Array, Int64Array]:
+        """The ids, and when each was last read for an event; 0 for those that stand for none."""
+        events = self.events_at(now_us)
+        return self.ids, np.where(events.counts > 0, events.newest_us, 0)
 
     def bags(self) -> tuple[UInt32Array, Float32Array]:
         """For each id, the row of `out` that it went into, and its share of it."""

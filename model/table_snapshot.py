@@ -154,7 +154,7 @@ def _joined(readers: list[SnapshotReader]) -> SnapshotManifest:
     newcomers = tuple(sorted(consumers.keys() - known_to_all))
     dropped_to = max(m.progress["dropped_to"] for m in manifests)
     if all(epoch >= m.progress["dropped_to"] for m in manifests for epoch in m.consumers.values()):
-        # What a part has dropped, its own consumers have. So a consumer whose cursor is behind in another part misses none.
+        # What a part has dropped, its own consumers have: one whose cursor is behind in another part misses none.
         dropped_to = min([dropped_to, *consumers.values()])
     progress = {**first.progress, "clock": clock, "dropped_to": dropped_to}
     return replace(first, progress=progress, consumers=consumers, newcomers=newcomers)

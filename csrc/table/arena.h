@@ -24,6 +24,15 @@ namespace freshet {
 
 inline constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
+// More was asked for than a table can ever need; memory may be free.
+class TooManyPages : public std::bad_alloc {
+ public:
+  const char* what() const noexcept override {
+    return "too many ids agree in the upper bits of their hashes, or a shard holds some 200 M ids; give the table more "
+           "shards, or keep out ids that were made to collide";
+  }
+};
+
 // bytes on a boundary of `align`; asks for huge pages where it is large enough for one. std::bad_alloc.
 inline void* allocate_aligned(std::size_t bytes, std::size_t align) {
   void* memory = nullptr;
@@ -93,7 +102,7 @@ class PageArena {
       return memory;
     }
     const std::size_t pages = pages_of(bytes);
-    if (pages > kPages) throw std::bad_alloc();  // a directory that deep is the work of ids chosen to collide
+    if (pages > kPages) throw TooManyPages();  // a directory that deep is the work of ids chosen to collide
     const std::lock_guard<std::mutex> lock(mutex_);
     for (std::size_t tried = 0; tried < chunks_.size(); ++tried) {
       Chunk& chunk = *chunks_[next_];

@@ -36,7 +36,12 @@ std::unique_ptr<EmbeddingTable> make(const py::kwargs& given) {
   py::dict settings(given);
   const auto take = [&](const char* name, auto& value) {
     if (!settings.contains(name)) throw std::invalid_argument(std::string("missing setting ") + name);
-    value = settings[name].cast<std::decay_t<decltype(value)>>();
+    try {
+      value = settings[name].cast<std::decay_t<decltype(value)>>();
+    } catch (const py::cast_error&) {
+      throw std::invalid_argument(std::string(name) + " cannot be " + py::repr(settings[name]).cast<std::string>() +
+                                  ": it has another type, or is out of range");
+    }
     settings.attr("pop")(name);
   };
   TableConfig c;
@@ -54,8 +59,8 @@ std::unique_ptr<EmbeddingTable> make(const py::kwargs& given) {
   take("seed", c.seed);
   take("slot_hash", c.slot_hash);
   take("admission", admission);
-  take("threshold", c.threshold);
-  take("probability", c.probability);
+  take("admission_threshold", c.threshold);
+  take("admission_probability", c.probability);
   take("ttl_us", c.ttl_us);
   take("ttl_on_access", c.ttl_on_access);
   take("min_rows", c.min_rows);
@@ -107,7 +112,8 @@ Floats find_or_insert(EmbeddingTable& table, const Ids& ids, std::size_t threads
 
 std::size_t apply_gradients(EmbeddingTable& table, const Ids& ids, const Floats& grads,
                             const std::optional<Array<std::uint32_t>>& row, const std::optional<Floats>& scale,
-                            const std::optional<Array<std::uint32_t>>& events, const std::optional<Ids>& event_us, float lr,
+                            const std::optional<Array<std::uint32_t>>& events, const std::optional<Ids>& event_us,
+                            const std::optional<Ids>& read_ids, const std::optional<Ids>& read_us, float lr,
                             std::int64_t now_us, std::size_t threads) {
   const std::size_t n = length(ids, "ids");
   if (grads.ndim() != 2) throw std::invalid_argument("grads must have two dimensions");
@@ -131,6 +137,14 @@ std::size_t apply_gradients(EmbeddingTable& table, const Ids& ids, const Floats&
     }
     gradients.events = events->data();
     gradients.event_us = event_us->data();
+  }
+  if (read_ids) {
+    gradients.reads = length(*read_ids, "read_ids");
+    if (!read_us || length(*read_us, "read_us") != gradients.reads) {
+      throw std::invalid_argument("read_us must have one entry per read id");
+    }
+    gradients.read_ids = read_ids->data();
+    gradients.read_us = read_us->data();
   }
   const std::int64_t* in = ids.data();
   const Release release;
@@ -284,7 +298,8 @@ PYBIND11_MODULE(freshet_table, m) {
       .def("find_or_insert", &find_or_insert, py::arg("ids").noconvert(), py::arg("threads"))
       .def("apply_gradients", &apply_gradients, py::arg("ids").noconvert(), py::arg("grads").noconvert(),
            py::arg("row").noconvert().none(true), py::arg("scale").noconvert().none(true),
-           py::arg("events").noconvert().none(true), py::arg("event_us").noconvert().none(true), py::arg("lr"),
+           py::arg("events").noconvert().none(true), py::arg("event_us").noconvert().none(true),
+           py::arg("read_ids").noconvert().none(true), py::arg("read_us").noconvert().none(true), py::arg("lr"),
            py::arg("now_us"), py::arg("threads"))
       .def("upsert", &upsert, py::arg("ids").noconvert(), py::arg("weights").noconvert(),
            py::arg("state").noconvert().none(true), py::arg("last_update_us").noconvert().none(true),

@@ -28,6 +28,8 @@ const TableConfig& checked(const TableConfig& c) {
   require(c.threshold >= 1 && c.threshold <= Candidate::kMaxCount, "the admission threshold must be 1 to 65535");
   require(c.probability > 0 && c.probability <= 1, "the admission probability must be above 0 and at most 1");
   require(c.ttl_us >= 0 && c.ttl_us <= kMaxTimeUs, "ttl_us must be >= 0 (0 = never) and below 136 years");
+  require(c.admission != Admission::kThreshold || c.ttl_us <= Candidate::kMaxTtlUs,
+          "with an admission threshold ttl_us may be at most 1,000 days: a candidate keeps its hour in 16 bits");
   require(c.sweep_steps >= 1 && c.sweep_steps <= (1U << 30), "sweep_steps must be 1 to 2^30");
   require(c.shards >= 1 && c.shards <= 256 && (c.shards & (c.shards - 1)) == 0,
           "shards must be a power of two from 1 to 256");
@@ -114,6 +116,18 @@ void EmbeddingTable::check_finite(const float* values, std::size_t n, float limi
   throw std::invalid_argument(std::string(what) + " is not finite or too large at row " +
                               std::to_string(i / config_.dim) + ", column " + std::to_string(i % config_.dim) +
                               "; nothing was changed");
+}
+
+void EmbeddingTable::check_sums() const {
+  for (std::size_t g = 0; g < active_groups_; ++g) {
+    const Group& group = *groups_[g];
+    if (!any_beyond(group.sums.data(), group.sums.size(), kMaxGradient)) continue;
+    for (const Item& item : group.items) {
+      if (item.sum == kNoSum || !any_beyond(group.sums.data() + item.sum * config_.dim, config_.dim, kMaxGradient)) continue;
+      throw std::invalid_argument("the sum of the gradients of id " + std::to_string(item.id) +
+                                  " is not finite or too large; nothing was changed");
+    }
+  }
 }
 
 EmbeddingTable::Progress EmbeddingTable::progress() const {

@@ -119,9 +119,13 @@ class EmbeddingTable {
     const float* scale = nullptr;        // [n]
     // How many events of its id position i stands for (0: none, as a sampled negative), and when the newest was. They
     // decide admission and expiry; an id without any in the batch has its row updated, and without a row gets none where
-    // ids are admitted or expire. Both nullptr: one event each, at now_us. event_us below 0: std::invalid_argument.
+    // ids are admitted or expire. Both nullptr: one event each, at now_us. Times: check_time.
     const std::uint32_t* events = nullptr;   // [n]
     const std::int64_t* event_us = nullptr;  // [n]
+    // Ids that were read besides, as for touch(): seen before anything expires.
+    const std::int64_t* read_ids = nullptr;  // [reads]
+    const std::int64_t* read_us = nullptr;   // [reads]
+    std::size_t reads = 0;
   };
   std::size_t apply_gradients(const std::int64_t* ids, std::size_t n, const Gradients& gradients, float lr,
                               std::int64_t now_us, std::size_t threads);
@@ -144,7 +148,7 @@ class EmbeddingTable {
   // left alone. std::invalid_argument for a table without an admission threshold.
   void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
 
-  // Marks the row of ids[i] as seen at now_us[i] (0 = unknown), if ttl_on_access. std::bad_alloc: some are, some are not.
+  // Marks the row of ids[i] as seen at now_us[i] (check_time), if ttl_on_access. std::bad_alloc: some are, some are not.
   void touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us);
 
   // Removes rows and candidates; rows leave tombstones. Absent ids are ignored. Returns the rows removed.
@@ -210,6 +214,7 @@ class EmbeddingTable {
   void collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, Seconds now, std::size_t threads);
   void collect_checked(const std::int64_t* ids, std::size_t n, const Gradients& gradients, Seconds now,
                        std::size_t threads);
+  void check_sums() const;  // of the gradients of repeated ids
   static void add_events(Item& item, const Gradients& gradients, std::size_t i, Seconds now) noexcept;
   static void add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim);
   template <typename Write>
@@ -242,6 +247,7 @@ class EmbeddingTable {
   void for_each_in(std::uint64_t from, std::uint64_t to, const Visit& visit) const;
   std::size_t expire_range(std::uint64_t from, std::uint64_t to, Seconds before, Seconds now);
   void make_room();
+  void see_rows(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us);
   void evict_neighbours();
 
   using Entry = std::pair<std::int64_t, Handle>;

@@ -171,11 +171,13 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
 }
 
 void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
-  if (std::any_of(now_us, now_us + n, [](std::int64_t us) { return us < 0; })) {
-    throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
-  }
-  if (!config_.ttl_on_access) return;
+  std::for_each(now_us, now_us + n, [](std::int64_t us) { check_time("now_us", us); });
   const std::lock_guard<std::mutex> writing(write_mutex_);
+  see_rows(ids, n, now_us);
+}
+
+void EmbeddingTable::see_rows(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
+  if (!config_.ttl_on_access) return;
   const Reclaimer::Guard guard(reclaimer_);
   SnapshotScan::RowKeeper keeper(snapshot_scan());
   for (std::size_t i = 0; i < n; ++i) {

@@ -2,7 +2,6 @@
 // are published.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 
 #include "../common/parallel.h"
@@ -163,11 +162,12 @@ FRESHET_INLINE const float* gradient_of(const EmbeddingTable::Gradients& gradien
   return gradients.grads + (gradients.row != nullptr ? gradients.row[position] : position) * dim;
 }
 
-// 0 if there is none, or their times are those of the batch.
+// 0 if there is none, or their times are those of the batch. Proves all times.
 Seconds newest_event(const EmbeddingTable::Gradients& gradients, std::size_t n) {
   Seconds newest = 0;
+  for (std::size_t i = 0; i < gradients.reads; ++i) check_time("read_us", gradients.read_us[i]);
   for (std::size_t i = 0; gradients.events != nullptr && i < n; ++i) {
-    if (gradients.event_us[i] < 0) throw std::invalid_argument("event_us must be >= 0 (0 = unknown)");
+    check_time("event_us", gradients.event_us[i]);
     if (gradients.events[i] != 0) newest = std::max(newest, to_seconds(gradients.event_us[i]));
   }
   return newest;
@@ -203,7 +203,7 @@ FRESHET_CLONES void EmbeddingTable::update_fresh(const Group& group, const Item&
 std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t n, const Gradients& gradients, float lr,
                                             std::int64_t now_us, std::size_t threads) {
   if (!(lr >= 0 && lr <= kMaxLearningRate)) throw std::invalid_argument("lr must be between 0 and 1e6");
-  if (now_us < 0) throw std::invalid_argument("now_us must be >= 0 (0 = unknown)");
+  check_time("now_us", now_us);
   const Seconds now = to_seconds(now_us), newest = std::max(now, newest_event(gradients, n));
   const std::lock_guard<std::mutex> writing(write_mutex_);
   collect_checked(ids, n, gradients, now, threads);
@@ -229,6 +229,7 @@ std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t
   }
   ++updates_;
   clock_ = std::max(clock_, newest);
+  see_rows(gradients.read_ids, gradients.reads, gradients.read_us);
   make_room();
   return updated.load() + inserted;
 }
@@ -239,10 +240,7 @@ void EmbeddingTable::collect_checked(const std::int64_t* ids, std::size_t n, con
   try {
     check_finite(gradients.grads, gradients.grad_rows * config_.dim, kMaxGradient, "gradient");
     collect(ids, n, &gradients, now, threads);
-    for (std::size_t g = 0; g < active_groups_; ++g) {
-      const std::vector<float>& sums = groups_[g]->sums;
-      check_finite(sums.data(), sums.size(), kMaxGradient, "sum of the gradients of a repeated id");
-    }
+    check_sums();
   } catch (const std::invalid_argument&) {
     counters_.refused_batches.fetch_add(1, std::memory_order_relaxed);
     throw;
@@ -250,15 +248,14 @@ void EmbeddingTable::collect_checked(const std::int64_t* ids, std::size_t n, con
 }
 
 void EmbeddingTable::check_rows(std::size_t n, const Rows& rows) const {
-  check_finite(rows.weights, n * config_.dim, std::numeric_limits<float>::max(), "weight");
+  check_finite(rows.weights, n * config_.dim, kMaxStored, "weight");
   for (std::size_t i = 0; i < n; ++i) {
     if (rows.state != nullptr && !state_valid(config_.optimizer.kind, config_.dim, rows.state + i * state_dim_)) {
       throw std::invalid_argument("optimiser state of row " + std::to_string(i) +
-                                  " is not finite, or negative where it is a sum of squares; nothing was changed");
+                                  " is not finite, too large, or negative where it is a sum of squares or a count;"
+                                  " nothing was changed");
     }
-    if (rows.last_update_us != nullptr && rows.last_update_us[i] < 0) {
-      throw std::invalid_argument("last_update_us of row " + std::to_string(i) + " is negative; nothing was changed");
-    }
+    if (rows.last_update_us != nullptr) check_time("last_update_us", rows.last_update_us[i]);
   }
 }
 

@@ -60,12 +60,19 @@ inline void init_state(const OptimizerConfig& config, std::size_t dim, float* st
   std::fill_n(state, zeros, 0.0F);
 }
 
-// True if a row of state could have come from this optimiser: finite, and non-negative where it is a sum of squares.
+// Larger weights, moments and z are refused: one more step could make them infinite.
+inline constexpr float kMaxStored = 1e21F;
+inline constexpr float kMaxAdamSteps = 16777216.0F;  // 2^24
+
+// True if a row of state could have come from this optimiser: finite, at most kMaxStored where it may be negative, and
+// else, as sums of squares and counts are, not negative.
 inline bool state_valid(OptimizerKind kind, std::size_t dim, const float* state) noexcept {
-  for (std::size_t j = 0; j < state_size(kind, dim); ++j) {
-    if (!std::isfinite(state[j]) || (j >= signed_state(kind, dim) && state[j] < 0.0F)) return false;
+  const std::size_t size = state_size(kind, dim), sign = signed_state(kind, dim);
+  for (std::size_t j = 0; j < size; ++j) {
+    const bool good = j < sign ? std::fabs(state[j]) <= kMaxStored : state[j] >= 0.0F && std::isfinite(state[j]);
+    if (!good) return false;
   }
-  return true;
+  return kind != OptimizerKind::kAdam || state[size - 1] <= kMaxAdamSteps;
 }
 
 // base^n by repeated squaring: unlike std::pow, the same bits with every maths library.

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "bucket.h"
 #include "epoch_log.h"
@@ -18,6 +20,12 @@ inline constexpr std::int64_t kMaxTimeUs = std::int64_t{0xffffffff} * kMicroseco
 
 inline Seconds to_seconds(std::int64_t us) noexcept {
   return static_cast<Seconds>((std::min(us, kMaxTimeUs) + kMicroseconds - 1) / kMicroseconds);
+}
+// std::invalid_argument: a clock that such a time has set would make everything else look stale.
+inline void check_time(const char* what, std::int64_t us) {
+  if (us >= 0 && us <= kMaxTimeUs) return;
+  throw std::invalid_argument(std::string(what) + " must be microseconds from 0 (unknown) to " + std::to_string(kMaxTimeUs) +
+                              " (the year 2106), got " + std::to_string(us) + "; nothing was changed");
 }
 inline std::int64_t to_microseconds(Seconds s) noexcept { return std::int64_t{s} * kMicroseconds; }
 
@@ -41,6 +49,7 @@ static_assert(sizeof(RowMeta) == 12, "bookkeeping is a promise: see TableStats::
 // An id that was seen but not admitted: how often, and in which hour (mod 2^16) last; hour 0 = unknown.
 struct Candidate {
   static constexpr std::uint32_t kMaxCount = 0xffff;
+  static constexpr std::int64_t kMaxTtlUs = std::int64_t{1000} * 86400 * kMicroseconds;  // below half of 2^16 hours, with room
 
   std::uint32_t count;
   std::uint32_t hour;

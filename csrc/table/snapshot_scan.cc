@@ -9,6 +9,8 @@
 #include <thread>
 #include <utility>
 
+#include "table_walk.h"
+
 namespace freshet {
 namespace {
 
@@ -80,7 +82,14 @@ void SnapshotScan::drop_last(Block* block) const {
 SnapshotScan::SnapshotScan(EmbeddingTable& table) : table_(table) {
   const std::lock_guard<std::mutex> lock(table.write_mutex_);
   if (table.snapshot_scan() != nullptr) throw std::runtime_error("another snapshot of this table is being taken; wait for it");
-  number_ = ++table.snapshots_;  // 65,536 snapshots later no row has this number any more: each claims every row
+  if (++table.snapshots_ == 0) {  // numbers come again: rows that scans which ended early never claimed may have them
+    const Reclaimer::Guard guard(table.reclaimer_);
+    table.for_each_in(0, kLastHash, [&](std::int64_t, std::uint64_t hash, Handle handle) {
+      if (is_row(handle)) table.shard_of(hash).meta(handle).saved.store(0, std::memory_order_relaxed);
+    });
+    table.snapshots_ = 1;
+  }
+  number_ = table.snapshots_;
   progress_ = {table.epoch(), table.updates_, table.sweep_at_, table.eviction_at_, table.clock_};
   dropped_to_ = table.dropped_to_;
   rows_ = table.size();
@@ -144,6 +153,8 @@ void SnapshotScan::give_back(Block* block) noexcept {
 }
 
 void SnapshotScan::keep_word(std::int64_t key, std::uint64_t word) noexcept {
+  const bool passed = hash_id(key) < at_.load(std::memory_order_acquire) || scanned_.load(std::memory_order_relaxed);
+  if (passed) return;  // the scan has it, or has seen that it was none
   try {
     const std::lock_guard<std::mutex> lock(saved_mutex_);
     saved_candidates_.emplace(key, word);  // the first word stays: it is the one of the moment
@@ -226,8 +237,8 @@ void SnapshotScan::scan_segment(Block* block) {
       copy_candidate(block, shard, entries_[i]);
     }
   }
-  scanned_ = last == kLastHash;
-  at_ = last + 1;
+  scanned_.store(last == kLastHash, std::memory_order_relaxed);
+  at_.store(last + 1, std::memory_order_release);  // after the last hash 0, which tells a writer nothing: scanned_ does
 }
 
 // Copies the row and claims it; the writer, who claims before it changes a row, may have been first. A row that was

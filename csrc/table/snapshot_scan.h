@@ -109,8 +109,8 @@ class SnapshotScan {
 
   EmbeddingTable& table_;
   std::uint16_t number_ = 0;
-  std::uint64_t at_ = 0;     // hash up to which the index has been read
-  bool scanned_ = false;     // all of it
+  std::atomic<std::uint64_t> at_{0};  // hash up to which the index has been read
+  std::atomic<bool> scanned_{false};  // all of it
   bool settled_ = false;     // and no batch that began before is still under way
   EmbeddingTable::Progress progress_;
   std::vector<std::int64_t> tombstone_keys_;

@@ -30,6 +30,22 @@ def hash_id(key: int) -> int:
     return mix64((key + GOLDEN) & MASK)
 
 
+def id_of_hash(wanted: int) -> int:
+    """The id with that hash: mix64 backwards."""
+    x = unshift(wanted, 31) * pow(0x94D049BB133111EB, -1, MASK + 1) & MASK
+    x = unshift(x, 27) * pow(0xBF58476D1CE4E5B9, -1, MASK + 1) & MASK
+    key = (unshift(x, 30) - GOLDEN) & MASK
+    return key - (MASK + 1) if key > MASK // 2 else key
+
+
+def unshift(mixed: int, bits: int) -> int:
+    """The x with x ^ (x >> bits) == mixed."""
+    x = mixed
+    while x ^ (x >> bits) != mixed:
+        x = mixed ^ (x >> bits)
+    return x
+
+
 def table_key(seed: int, slot: str) -> int:
     return mix64(mix64((seed + GOLDEN) & MASK) ^ slot_hash(slot))
 
@@ -174,9 +190,15 @@ class DictTable:
         self.count("upserted", len(keys))
 
     def apply_gradients(
-        self, keys: list[int], grads: np.ndarray, lr: float, now_us: int, events: list[tuple[int, int]] | None = None
+        self,
+        keys: list[int],
+        grads: np.ndarray,
+        lr: float,
+        now_us: int,
+        events: list[tuple[int, int]] | None = None,
+        reads: tuple[list[int], list[int]] = ([], []),
     ) -> None:
-        """events: of each key, how many and the time of the newest; None: one at now_us."""
+        """events: of each key, how many and the time of the newest; None: one at now_us. reads: as for `touch`."""
         now = seconds(now_us)
         events = events or [(1, now_us)] * len(keys)
         many = {key: sum(n for k, (n, _) in zip(keys, events, strict=True) if k == key) for key in keys}
@@ -200,6 +222,7 @@ class DictTable:
                 self.count("updated")
         self.updates += 1
         self.clock = max(self.clock, now, *(seconds(us) for n, us in events if n))
+        self.touch(*reads)
         self.sweep()
         self.evict()
 

@@ -68,6 +68,15 @@ def test_a_model_answers_the_same_with_its_serving_copy() -> None:
         model.train()(ids)
 
 
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_a_model_that_pools_answers_the_same_with_its_serving_copy(pooling: str) -> None:
+    model = torch.nn.ModuleDict({"item": trained()}).eval()
+    ids, offsets = torch.tensor([11, 12, 13, 999]), torch.tensor([0, 2, 2, 4])
+    before = model["item"](ids, offsets, pooling)
+    serving_copy(model)
+    assert torch.equal(model["item"](ids, offsets, pooling), before)
+
+
 def test_an_empty_serving_copy_has_the_settings_and_no_rows() -> None:
     made = trained()
     model = Model(made, EmbeddingTable("user", DIM, seed=3)).eval()

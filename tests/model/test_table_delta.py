@@ -1,6 +1,8 @@
 """Epochs, deltas and consumers of model.table.EmbeddingTable."""
 
 import dataclasses
+import queue
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -228,6 +230,37 @@ def test_a_consumer_that_is_gone_for_good_keeps_no_tombstones() -> None:
     assert table.stats()["tombstones"] == 0
     with pytest.raises(KeyError, match="gone"):
         table.consumers.export("gone")
+
+
+def test_an_acknowledgement_from_before_a_new_subscription_takes_no_row_from_it() -> None:
+    table = EmbeddingTable("item", DIM)
+    table.consumers.subscribe("server")
+    table.find_or_insert(int64(1, 2, 3))
+    _, epoch = table.consumers.export("server")
+    table.consumers.unsubscribe("server")  # it lost its disk
+    table.consumers.subscribe("server")
+    table.consumers.acknowledge("server", epoch)
+    assert table.consumers.export("server")[0].keys.tolist() == [1, 2, 3]
+
+
+def test_an_export_beside_acknowledgements_of_the_same_consumer_is_complete() -> None:
+    table = EmbeddingTable("item", DIM)
+    table.consumers.subscribe("server")
+    epochs: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def acknowledge() -> None:
+        while (epoch := epochs.get()) is not None:
+            table.consumers.acknowledge("server", epoch)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(acknowledge)
+        for k in range(3000):
+            table.find_or_insert(int64(k))
+            table.erase(int64(k))
+            epochs.put(table.consumers.export("server")[1])
+        epochs.put(None)
+        done.result()
+    assert table.stats()["tombstones"] == 0
 
 
 def test_what_comes_back_while_the_first_delta_is_taken_is_not_erased_by_it(monkeypatch: pytest.MonkeyPatch) -> None:

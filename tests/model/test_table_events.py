@@ -108,8 +108,14 @@ def test_events_that_do_not_fit_are_refused() -> None:
     table = EmbeddingTable("item", 1)
     with pytest.raises(ValueError, match="events are of 1 ids, but 2 are looked up"):
         table(torch.tensor([1, 2]), events=Events.none(1))
-    early = Events(np.ones(1, np.uint32), int64(-5))
-    table(torch.tensor([1]), events=early).sum().backward()
-    with pytest.raises(ValueError, match="event_us must be >= 0"):
-        table.step()
-    assert len(table) == 0
+    with pytest.raises(TypeError, match="events need uint32 counts and int64 times"):
+        table(torch.tensor([1]), events=Events(np.ones(1, np.int64), int64(5)))
+    assert table.step() == 0 and len(table) == 0
+
+
+def test_what_a_step_has_read_does_not_expire_in_it() -> None:
+    table = EmbeddingTable("item", 1, ttl_us=10 * SECOND, ttl_on_access=True, sweep_steps=1)
+    learn(table, [1, 2], [5 * SECOND] * 2)
+    table(torch.tensor([1]), events=Events.at(torch.tensor([16 * SECOND])))  # without a gradient
+    learn(table, [3], [16 * SECOND], now_us=16 * SECOND)
+    assert seen(table) == {1: 16, 3: 16}

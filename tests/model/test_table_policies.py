@@ -244,6 +244,7 @@ def test_what_goes_does_not_depend_on_shards_or_threads() -> None:
         ({"admission_probability": 1.5}, "probability"),
         ({"admission_threshold": 2, "admission_probability": 0.5}, "not both"),
         ({"ttl_us": -1}, "ttl_us"),
+        ({"ttl_us": 1001 * 86_400_000_000, "admission_threshold": 2}, "at most 1,000 days"),
         ({"sweep_steps": 0}, "sweep_steps"),
         ({"max_rows": -1}, "max_rows"),
         ({"when_full": "panic"}, "when_full"),

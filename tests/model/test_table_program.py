@@ -137,8 +137,8 @@ class Program(RuleBasedStateMachine):
         all_grads = np.array([*grads[0].numpy(), *scaled], np.float32).reshape(-1, DIM)
         pooled_events = [(1, now_us)] * len(members)
         all_events = (events if with_events else [(1, now_us)] * len(first)) + pooled_events
-        self.model.apply_gradients(first + members, all_grads, 0.05, now_us, all_events)
-        self.model.touch(first + members, [us if n else 0 for n, us in all_events])
+        reads = (first + members, [us if n else 0 for n, us in all_events])
+        self.model.apply_gradients(first + members, all_grads, 0.05, now_us, all_events, reads)
         self.table.step(now_us=now_us)
 
     @rule(keys=BATCH, seed=SEEDS, with_state=st.booleans())

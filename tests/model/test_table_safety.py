@@ -5,15 +5,19 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from model.table import EmbeddingTable, TableDelta
-from tests.model.table_model import EXTREME, INT64, assert_same_table, column, int64
+from model.table import EmbeddingTable, Events, TableDelta
+from model.table_arrays import MAX_TIME_US
+from tests.model.table_model import EXTREME, INT64, assert_same_table, column, id_of_hash, int64
 
 torch.set_num_threads(1)
+
+DAY_US = 86_400_000_000
 
 
 def trained(**settings: object) -> EmbeddingTable:
@@ -44,10 +48,13 @@ def test_gradients_that_are_not_finite_are_refused_and_counted(bad: float, way: 
 
 def test_a_sum_of_gradients_that_overflows_is_refused() -> None:
     table, before = trained(), trained()
-    with pytest.raises(ValueError, match="sum of the gradients"):
-        table.apply_gradients(int64(1, *[2] * 12), np.full((13, 2), 1e14, np.float32))
+    for threads in (1, 2):
+        table.threads = threads
+        with pytest.raises(ValueError, match="the sum of the gradients of id 2 is not finite or too large"):
+            ids = np.concatenate([np.arange(3, 3000), [2] * 12])
+            table.apply_gradients(ids, np.full((len(ids), 2), 1e14, np.float32))
     assert_same_table(table, before)
-    assert table.stats()["refused_batches"] == 1
+    assert table.stats()["refused_batches"] == 2
     assert table.apply_gradients(int64(1, *[2] * 9), np.full((10, 2), 1e14, np.float32)) == 2
     assert np.isfinite(column(table.export_all(), "state")).all()
 
@@ -72,20 +79,27 @@ def test_learning_rates_out_of_range_are_refused(lr: float) -> None:
     assert_same_table(table, before)
 
 
-def test_negative_times_are_refused() -> None:
-    table, before = trained(), trained()
+@pytest.mark.parametrize("us", [-1, MAX_TIME_US + 1, INT64.max])
+def test_times_that_are_no_microseconds_of_our_days_are_refused(us: int) -> None:
+    """Nanoseconds, say: the clock would stand in the year 2106, and every other row would expire."""
+    table, before = trained(ttl_us=DAY_US, ttl_on_access=True), trained(ttl_us=DAY_US, ttl_on_access=True)
     one = np.ones((1, 2), np.float32)
-    with pytest.raises(ValueError, match="now_us must be >= 0"):
-        table.apply_gradients(int64(1), one, now_us=-1)
-    with pytest.raises(ValueError, match="last_update_us of row 0 is negative"):
-        table.upsert(int64(1), one, last_update_us=int64(-1))
+    with pytest.raises(ValueError, match="now_us must be microseconds"):
+        table.apply_gradients(int64(1), one, now_us=us)
+    with pytest.raises(ValueError, match="last_update_us must be microseconds"):
+        table.upsert(int64(1), one, last_update_us=int64(us))
+    with pytest.raises(ValueError, match="times of events must be microseconds"):
+        table(torch.tensor([1]), events=Events(np.ones(1, np.uint32), int64(us)))
+    table(torch.tensor([1]))
+    with pytest.raises(ValueError, match="now_us must be microseconds"):
+        table.step(now_us=us)
     assert_same_table(table, before)
 
 
-def test_times_beyond_the_range_are_kept_as_the_newest_possible() -> None:
+def test_the_newest_time_that_is_kept_comes_back() -> None:
     table = EmbeddingTable("item", 1)
-    table.upsert(int64(1), np.zeros((1, 1), np.float32), last_update_us=int64(INT64.max))
-    assert column(table.export_all(), "last_update_us").tolist() == [(2**32 - 1) * 1_000_000]
+    table.upsert(int64(1), np.zeros((1, 1), np.float32), last_update_us=int64(MAX_TIME_US))
+    assert column(table.export_all(), "last_update_us").tolist() == [MAX_TIME_US]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32, torch.float64, torch.bool])
@@ -188,6 +202,8 @@ def test_weights_and_state_that_are_not_finite_are_refused(bad: float) -> None:
     good, wrong = np.ones((2, 2), np.float32), np.array([[1, 1], [1, bad]], np.float32)
     with pytest.raises(ValueError, match="nothing was changed"):
         table.upsert(int64(1, 9), wrong)
+    with pytest.raises(ValueError, match="nothing was changed"):
+        table.upsert(int64(1, 9), 1e22 * good)
     for state in (wrong, -good):
         with pytest.raises(ValueError, match=r"state of row \d .* nothing was changed"):
             table.upsert(int64(1, 9), good, state=state)
@@ -292,3 +308,37 @@ def test_a_forked_process_goes_on_with_the_table() -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert ended == (child, 0)
+
+
+@pytest.mark.parametrize("state", [[0, 0, 2.0**24 + 2], [1e22, 0, 1], [0, -1, 1]])
+def test_state_that_adam_cannot_have_come_to_is_refused(state: list[float]) -> None:
+    table = EmbeddingTable("item", 1, "adam")
+    with pytest.raises(ValueError, match="optimiser state of row 0 is not finite, too large, or negative"):
+        table.upsert(int64(1), np.ones((1, 1), np.float32), np.array([state], np.float32))
+    assert len(table) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"min_rows": -1}, "min_rows cannot be -1"),
+        ({"shards": -4}, "shards cannot be -4"),
+        ({"admission_threshold": 2**32 + 1}, "admission_threshold cannot be 4294967297"),
+        ({"ttl_us": 2**63}, "ttl_us cannot be 9223372036854775808"),
+        ({"dim": 2.0}, r"dim cannot be 2\.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be between 0 and 1e"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"threads": -1}, "threads must be at least 1"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_its_name(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingTable("item", **{"dim": 2, **setting})
+
+
+def test_ids_made_to_collide_are_told_from_a_lack_of_memory() -> None:
+    table = EmbeddingTable("item", 1)
+    with pytest.raises(MemoryError, match="agree in the upper bits of their hashes"):
+        table.find_or_insert(int64(*(id_of_hash(7 << 40 | i) for i in range(3000))))
+    assert len(table) == 0

@@ -149,6 +149,41 @@ def test_consumers_go_on_where_they_were(tmp_path: Path) -> None:
     assert restored.stats()["tombstones"] == 0
 
 
+def test_a_delta_that_was_refused_before_a_snapshot_is_refused_after_it(tmp_path: Path) -> None:
+    table = EmbeddingTable("item", 2)
+    table.consumers.subscribe("server")
+    table.find_or_insert(int64(1, 2))
+    table.consumers.acknowledge("server", table.consumers.export("server")[1])
+    table.erase(int64(2))
+    table.drop_tombstones(table.advance_epoch())  # by hand, though the server does not have it
+    save_snapshot(table, tmp_path / "snapshot")
+    for one in (table, load_snapshot(tmp_path / "snapshot")):
+        with pytest.raises(ValueError, match="were dropped"):
+            one.consumers.export("server")
+
+
+def test_a_snapshot_is_whole_after_any_number_of_snapshots_that_were_given_up(tmp_path: Path) -> None:
+    table = EmbeddingTable("item", 2)
+    table.find_or_insert(int64(1, 2, 3))
+    for _ in range(2**16):
+        table_snapshot.freshet_table.SnapshotScan(table._table).close()
+    assert save_snapshot(table, tmp_path / "snapshot").total("rows") == 3
+
+
+def test_a_candidate_that_changes_after_it_was_read_is_in_the_snapshot_once() -> None:
+    table = EmbeddingTable("item", 2, admission_threshold=5)
+    ids = np.arange(100, dtype=np.int64)
+    table.apply_gradients(ids, np.ones((100, 2), np.float32))
+    scan = table_snapshot.freshet_table.SnapshotScan(table._table)
+    blocks = [scan.next()]
+    table.apply_gradients(ids, np.ones((100, 2), np.float32))
+    while (block := scan.next()) is not None:
+        blocks.append(block)
+    scan.close()
+    keys = np.concatenate([block["candidate_keys"] for block in blocks if block is not None])
+    assert sorted(keys.tolist()) == ids.tolist()
+
+
 # While training goes on
 
 
