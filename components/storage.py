@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -78,6 +79,10 @@ class LocalFiles:
         return temporary
 
 
+_PAUSES = (0.1, 0.2, 0.4, 0.8)
+"""Seconds between attempts to create an object while S3 answers that writers conflict."""
+
+
 class S3:
     """Objects under s3://bucket/prefix; credentials and endpoint come from the environment, as boto3 reads them."""
 
@@ -98,14 +103,32 @@ class S3:
         self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
 
     def create(self, path: str, data: bytes) -> None:
+        """Equal bytes under the name are this caller's own: boto3 repeats a PUT whose answer was lost, and the store
+        refuses the repeat. Whoever must tell writers apart gives each other bytes, as manifests do.
+        """
         from botocore.exceptions import ClientError
 
+        for pause in (*_PAUSES, None):
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                return
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                    raise
+                found = self._read_if_there(path)
+                if found == data:
+                    return
+                if found is not None:
+                    raise AlreadyExists(path) from None
+                if pause is None:
+                    raise
+                time.sleep(pause)  # another writer was at it at the same moment, and nobody won: try again
+
+    def _read_if_there(self, path: str) -> bytes | None:
         try:
-            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
-                raise AlreadyExists(path) from None
-            raise
+            return self.read(path)
+        except FileNotFoundError:
+            return None
 
     def exists(self, path: str) -> bool:
         from botocore.exceptions import ClientError

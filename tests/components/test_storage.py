@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
 from components.errors import AlreadyExists, BadInput
-from components.storage import LocalFiles, Storage
+from components.storage import S3, LocalFiles, Storage
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,40 @@ def test_create_succeeds_for_exactly_one_of_many(anywhere: Storage) -> None:
         winners = [who for who in pool.map(attempt, range(16)) if who is not None]
     assert len(winners) == 1
     assert anywhere.read_bytes("manifest.json") == str(winners[0]).encode()
+
+
+def test_s3_is_asked_again_when_writers_conflict_and_none_of_them_wins(s3_root: str) -> None:
+    store = Storage(s3_root)
+    answers = answer_conflict_to_create(store, 2)
+    store.create("manifest.json", b"mine")
+    assert answers == [409, 409]
+    assert store.read_bytes("manifest.json") == b"mine"
+
+
+def test_a_conflict_that_another_writer_has_won_is_lost_at_once(s3_root: str) -> None:
+    store = Storage(s3_root)
+    store.write_bytes("manifest.json", b"theirs")
+    answers = answer_conflict_to_create(store, 2)
+    with pytest.raises(AlreadyExists):
+        store.create("manifest.json", b"mine")
+    assert answers == [409]
+
+
+def answer_conflict_to_create(store: Storage, times: int) -> list[int]:
+    """S3 answers 409 to so many conditional writes that it gets from `store`; returns these answers, as they come."""
+    assert isinstance(store.backend, S3)
+    answers = list[int]()
+
+    def conflict(request: AWSPreparedRequest, **_: object) -> AWSResponse | None:
+        if len(answers) == times:
+            return None
+        answers.append(409)
+        answer = AWSResponse(request.url, 409, {}, None)
+        answer._content = b"<Error><Code>ConditionalRequestConflict</Code></Error>"
+        return answer
+
+    store.backend.client.meta.events.register("before-send.s3.PutObject", conflict)
+    return answers
 
 
 def test_a_missing_path_is_file_not_found(anywhere: Storage) -> None:
