@@ -8,7 +8,7 @@ _FROZEN = ConfigDict(frozen=True)
 
 
 class Serving(BaseModel):
-    """What the server itself counted for one loaded version."""
+    """What the server itself counted for one loaded release in the stage."""
 
     model_config = _FROZEN
 

@@ -37,7 +37,7 @@ def observe(storage: Storage, state: RolloutState, now: datetime, server_url: st
         return Observation()
     since = state.stage_since + timedelta(seconds=state.policy.settle_s)
     role = "shadow" if state.stage == "shadow" else "serving"
-    serving, notes = _ask(server_url, state.challenger, role) if server_url != NO_SERVER else (None, ())
+    serving, notes = _ask(server_url, state, state.challenger, role) if server_url != NO_SERVER else (None, ())
     common: dict[str, Any] = {"serving": serving, "serving_required": server_url != NO_SERVER, "notes": notes}
     if state.stage == "shadow":
         return Observation(shadow=shadow_counts(storage, state.challenger.ranker, since, now), **common)
@@ -130,17 +130,22 @@ def shadow_counts(storage: Storage, version: int, since: datetime, now: datetime
     return Serving(requests=len(requests), errors=len(failed), empty=len(requests - scored - failed))
 
 
-def _ask(server_url: str, challenger: Release, role: str) -> tuple[Serving | None, tuple[str, ...]]:
-    """The server's own counts of the challenger (role: serving or shadow), or None and why they are not known."""
+def _ask(
+    server_url: str, state: RolloutState, challenger: Release, role: str
+) -> tuple[Serving | None, tuple[str, ...]]:
+    """The server's own counts of the challenger in this stage (role: serving or shadow), or None and why not."""
     url = f"{server_url.rstrip('/')}/v1/status"
     try:
         response = httpx.get(url, timeout=_STATUS_TIMEOUT_S)
         response.raise_for_status()
-        track = response.json()["tracks"].get("challenger")
+        status = response.json()
+        track = status["tracks"].get("challenger")
         if track is None:
             return None, (f"{url} shows no challenger yet",)
         if (track["ranker"]["version"], track["retriever"]["version"]) != (challenger.ranker, challenger.retriever):
             return None, (f"{url} has another challenger loaded than {challenger}",)
+        if datetime.fromisoformat(status["stage_since"]) != state.stage_since:
+            return None, (f"{url} does not follow this stage yet: its counts are of another one",)
         counts = track["shadow"] if role == "shadow" else track
         return Serving(**{name: counts[name] for name in ("requests", "errors", "empty", "p99_ms")}), ()
     except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
@@ -224,7 +225,7 @@ class VersionStatus(BaseModel):
 
 
 class Counts(BaseModel):
-    """Requests since this server started."""
+    """Requests of the rollout's stage, as far as this server has run in it."""
 
     requests: int = Field(description="requests answered or failed")
     errors: int = Field(description="requests failed")
@@ -248,6 +249,7 @@ class Status(BaseModel):
     ready: bool = Field(description="whether requests are answered")
     reason: str | None = Field(description="why not, and what to do")
     stage: str = Field(description="stage of the rollout")
+    stage_since: datetime = Field(description="when it began: requests are counted from then on")
     share: int = Field(description="of 10,000 user buckets, how many the challenger serves")
     shadow_share: float = Field(description="share of requests that the challenger scores unseen")
     tracks: dict[str, TrackStatus] = Field(description="champion, and challenger during a rollout")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Literal
 
 from components.errors import FreshetError
@@ -33,6 +34,7 @@ class Track:
     name: TrackName
     ranker: LoadedVersion
     retriever: LoadedVersion
+    since: datetime  # of the stage of the rollout in which it serves
 
     @property
     def release(self) -> Release:
@@ -78,10 +80,10 @@ class Engine:
             self._found = {}
             state = record.current(self.storage)
             applied = sum(self._sync_version(version) for version in list(self._loaded.values()))
-            champion = self._track("champion", state.champion)
-            challenger = self._track("challenger", state.challenger)
+            champion = self._track("champion", state.champion, state)
+            challenger = self._track("challenger", state.challenger, state)
             if state.previous is not None:
-                self._track("champion", state.previous)  # stays loaded: a rollback is a change of pointer
+                self._track("champion", state.previous, state)  # stays loaded: a rollback is a change of pointer
             self.errors = self._found  # at once: a reader never sees a round that is half done
             self._publish(state, champion, challenger)
             self._forget_unused()
@@ -128,12 +130,12 @@ class Engine:
             self._found[version.label()] = version.error
         return applied
 
-    def _track(self, name: TrackName, release: Release | None) -> Track | None:
+    def _track(self, name: TrackName, release: Release | None, state: RolloutState) -> Track | None:
         if release is None:
             return None
         ranker = self._version("ranker", release.ranker)
         retriever = self._version("retriever", release.retriever)
-        return Track(name, ranker, retriever) if ranker and retriever else None
+        return Track(name, ranker, retriever, state.stage_since) if ranker and retriever else None
 
     def _version(self, model: str, version: int) -> LoadedVersion | None:
         key = (model, version)
@@ -175,7 +177,7 @@ class Engine:
         old = self.tracks.champion if self.tracks else None
         if champion is None and state.champion is not None and old is not None:
             log.error("champion %s is not loaded; %s keeps serving", state.champion, old.release)
-            champion = old
+            champion = replace(old, since=state.stage_since)
         self.tracks = Tracks(state, champion, challenger)
 
     def _forget_unused(self) -> None:

@@ -154,7 +154,7 @@ class Recommender:
             failed = False
         finally:
             seconds = time.perf_counter() - started
-            self.tally.add(track.release, "serving", seconds, failed=failed, empty=found["empty"])
+            self.tally.add(track.since, track.release, "serving", seconds, failed=failed, empty=found["empty"])
             self.metrics.scoring.labels(track.name).observe(seconds)
 
     def _consider_shadow(self, scored: Scored) -> None:

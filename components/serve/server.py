@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from components.rollout.state import RolloutState
 from components.schemas import IMPRESSIONS
 from components.serve.api import Status, TrackStatus, VersionStatus
 from components.serve.config import ServeConfig
@@ -94,6 +95,7 @@ class Server:
             ready=reason is None,
             reason=reason,
             stage=tracks.state.stage if tracks else "empty",
+            stage_since=tracks.state.stage_since if tracks else RolloutState().stage_since,
             share=tracks.state.share if tracks else 0,
             shadow_share=tracks.state.shadow_share if tracks else 0.0,
             tracks={track.name: self._track(track) for track in self.engine.live()},
@@ -132,8 +134,8 @@ class Server:
         return TrackStatus(
             version=track.ranker.version,
             retriever_version=track.retriever.version,
-            **self.tally.read(track.release, "serving").model_dump(),
-            shadow=self.tally.read(track.release, "shadow"),
+            **self.tally.read(track.since, track.release, "serving").model_dump(),
+            shadow=self.tally.read(track.since, track.release, "shadow"),
             ranker=_version(track.ranker),
             retriever=_version(track.retriever),
         )

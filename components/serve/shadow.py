@@ -75,7 +75,8 @@ class Shadow:
         finally:
             self._room.release()
         seconds = time.perf_counter() - started
-        self.tally.add(challenger.release, "shadow", seconds, failed=error is not None, empty=empty)
+        failed = error is not None
+        self.tally.add(challenger.since, challenger.release, "shadow", seconds, failed=failed, empty=empty)
         self.metrics.shadow.labels("failed" if error else "scored").inc()
         if self.journal is not None:
             rows = shadow_rows(challenger, scored, scores, error, seconds)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from components.rollout.assignment import serves_challenger
 from components.rollout.state import RolloutState
 from components.schemas import ACTION_EVENTS, IMPRESSIONS
-from components.serve.api import TrackStatus
+from components.serve.api import Status, TrackStatus
 from components.storage import Storage
 
 
@@ -89,10 +89,14 @@ def status_server(status: dict[str, Any]) -> Iterator[str]:
             thread.join()
 
 
-def counts(version: int, **changes: Any) -> dict[str, Any]:
-    """A server's status, in the server's own form, with a healthy challenger of this version."""
+def counts(version: int, state: RolloutState, **changes: Any) -> dict[str, Any]:
+    """What a server that follows `state` says, in the server's own form: a healthy challenger of this version."""
     healthy = {"requests": 500, "errors": 0, "empty": 0, "p99_ms": 20.0}
     synced = {"version": version, "delta": 0, "served_event_age_s": None, "rows": 1, "error": None}
     track = {"version": version, "retriever_version": version, "ranker": synced, "retriever": synced}
     challenger = TrackStatus.model_validate({**track, **healthy, **changes, "shadow": healthy})
-    return {"tracks": {"challenger": challenger.model_dump()}}
+    status = Status(
+        ready=True, reason=None, stage=state.stage, stage_since=state.stage_since, share=state.share, shadow_share=0.0,
+        tracks={"challenger": challenger}, errors={}, items=1, users=0, journal_bytes=0, uptime_s=1.0,
+    )  # fmt: skip
+    return dict(json.loads(status.model_dump_json()))

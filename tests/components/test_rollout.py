@@ -107,17 +107,33 @@ def test_each_event_counts_once_and_only_in_its_period(storage: Storage) -> None
 
 
 def test_the_servers_counts_are_needed_and_judged(storage: Storage) -> None:
-    status = counts(2)
+    status = counts(2, RolloutState())
     with status_server(status) as url:
         state = canary(storage, server_url=url)
         log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.6})
-        status["tracks"] = {}
+        status.update(tracks={})
         assert "shows no challenger yet" in go(storage, server_url=url).waiting_for
-        status.update(counts(7))
+        status.update(counts(7, state))
         assert "another challenger" in go(storage, server_url=url).waiting_for
-        status.update(counts(2, errors=100))
+        status.update(counts(2, state, errors=100))
         done = go(storage, server_url=url)
         assert done.stage == "rolled_back" and "error rate 0.2" in done.reason
+
+
+def test_counts_of_another_stage_decide_nothing(storage: Storage) -> None:
+    """Until the server follows the stage, its counts are of requests from before: too good or too bad."""
+    status = counts(2, RolloutState())
+    with status_server(status) as url:
+        state = canary(storage, server_url=url)
+        log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.6})
+        before = state.model_copy(update={"stage_since": state.stage_since - timedelta(microseconds=1)})
+        for errors in (0, 500):
+            status.update(counts(2, before, errors=errors))
+            held = go(storage, server_url=url)
+            assert (held.stage, held.changed) == ("canary", False)
+            assert "counts are of another one" in held.waiting_for
+        status.update(counts(2, state))
+        assert go(storage, server_url=url).stage == "promoted"
 
 
 def test_a_silent_server_holds_the_rollout_where_it_is(storage: Storage) -> None:

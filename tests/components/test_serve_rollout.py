@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,36 @@ def test_errors_of_the_challenger_in_shadow_are_counted_and_harm_nobody(toy_root
         assert len(rows) == 3 and all("TypeError" in r["error"] and r["item_id"] is None for r in rows)
         assert live.metric('freshet_shadow_requests_total{outcome="failed"}') == 3
         assert live.status()["tracks"]["challenger"]["shadow"]["errors"] == 3
+
+
+def test_a_stage_counts_its_own_requests_and_none_from_before(toy_root: Path) -> None:
+    """A release may have served, or failed, long before: that says nothing about the stage that it is in now."""
+    storage = Storage(f"file://{toy_root}")
+    second_version(storage)
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    canary = {"stage": "canary", "champion": ONE, "challenger": TWO, "share": 10_000, "salt": "s"}
+    with Live(toy_root) as live:
+
+        def counted() -> tuple[int, int]:
+            counts = live.status()["tracks"]["challenger"]
+            return counts["requests"], counts["errors"]
+
+        def enter(since: datetime) -> None:
+            state = release(storage, **canary, stage_since=since)
+            wait_for(lambda: live.seq() == state.seq, 10)
+
+        enter(begun)
+        for user in range(3):
+            live.rank(user, ITEM_IDS[:2])
+        enter(begun)  # another entry of the same stage, as after a look
+        assert counted() == (3, 0)
+        late = live.server.engine.assign(1)
+        enter(begun + timedelta(hours=1))
+        assert counted() == (0, 0) and live.status()["tracks"]["challenger"]["p99_ms"] is None
+        live.rank(1, ITEM_IDS[:2])
+        live.server.tally.add(late.since, late.release, "serving", 60.0, failed=True)  # assigned before, fails now
+        assert counted() == (1, 0)
+        assert datetime.fromisoformat(live.status()["stage_since"]) == begun + timedelta(hours=1)
 
 
 def test_only_the_given_share_of_requests_is_shadowed() -> None:
