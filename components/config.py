@@ -80,16 +80,15 @@ def form_fields(config: type[BaseModel]) -> dict[str, dict[str, Any]]:
 def cli(config: type[Config], run: Callable[[Config], BaseModel], argv: Sequence[str] | None = None) -> int:
     """Run a step from the command line; the result is the last line of stdout, as JSON.
 
-    Returns the exit code: 0 done, 2 wrong input (the message says what to do).
+    Returns the exit code: 0 done, 2 wrong input, 1 what may succeed later (the message says what to do).
     """
     parser = _parser(config, run)
     values = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
-        result = run(config(**values)).model_dump_json()
-    except ValidationError as error:
-        return _refuse(_readable(error))
+        result = run(_settings(config, values)).model_dump_json()
     except FreshetError as error:
-        return _refuse(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     if path := os.environ.get("FRESHET_RESULT_PATH"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(result)
@@ -159,11 +158,10 @@ def _flat(schema: dict[str, Any]) -> dict[str, Any]:
     return {**merged, **rest, "type": [option["type"] for option in schema["anyOf"]]}
 
 
-def _readable(error: ValidationError) -> str:
-    lines = [f"--{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
-    return "wrong settings; " + "; ".join(lines)
-
-
-def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def _settings(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config with these values; BadInput names the flags that are wrong."""
+    try:
+        return config(**values)
+    except ValidationError as error:
+        lines = [f"--{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        raise BadInput("wrong settings; " + "; ".join(lines)) from error

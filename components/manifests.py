@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from components.errors import AlreadyExists, BadInput
 from components.storage import Storage
@@ -52,7 +52,7 @@ def publish(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
 def find(storage: Storage, folder: str) -> Manifest | None:
     """The published manifest of `folder`, or None while there is none."""
     path = f"{folder}/{NAME}"
-    return Manifest.model_validate_json(storage.read_bytes(path)) if storage.exists(path) else None
+    return _read(storage, path) if storage.exists(path) else None
 
 
 def require(storage: Storage, folder: str, remedy: str) -> Manifest:
@@ -66,7 +66,14 @@ def require(storage: Storage, folder: str, remedy: str) -> Manifest:
 def find_all(storage: Storage, prefix: str) -> list[Manifest]:
     """All published manifests directly below `prefix`, by name."""
     paths = [path for path in storage.list(prefix) if path.endswith(f"/{NAME}")]
-    return [Manifest.model_validate_json(storage.read_bytes(path)) for path in paths]
+    return [_read(storage, path) for path in paths]
+
+
+def _read(storage: Storage, path: str) -> Manifest:
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(path))
+    except ValidationError as error:
+        raise BadInput(f"{storage.url(path)} is truncated or no manifest; delete it and make its data again") from error
 
 
 def read_part(storage: Storage, manifest: Manifest, part: str) -> pa.Table:

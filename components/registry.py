@@ -10,8 +10,11 @@ import functools
 import json
 import os
 import subprocess
+import urllib.request
+from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -166,21 +169,33 @@ class Registry:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the MLflow server; FreshetError when nobody answers there."""
-    import urllib.request
+    """A client of the MLflow server; FreshetError when nobody answers there.
+
+    A user and password in the URI (https://user:password@host) are sent as basic auth and never told.
+    """
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     from mlflow import MlflowClient
 
     if tracking_uri.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(f"{tracking_uri.rstrip('/')}/health", timeout=10):
-                pass
-        except OSError as error:
-            raise FreshetError(
-                f"no MLflow server answers at {tracking_uri} ({error}); start one or set --tracking-uri"
-            ) from error
+        _require_answer(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def _require_answer(tracking_uri: str) -> None:
+    parts = urlsplit(tracking_uri)
+    login, _, host = parts.netloc.rpartition("@")
+    address = urlunsplit(parts._replace(netloc=host)).rstrip("/")
+    request = urllib.request.Request(f"{address}/health")
+    if login:
+        request.add_header("Authorization", f"Basic {b64encode(unquote(login).encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            pass
+    except OSError as error:
+        raise FreshetError(
+            f"no MLflow server answers at {address} ({error}); start one or set --tracking-uri"
+        ) from error
 
 
 def origin_tags() -> dict[str, str]:

@@ -16,7 +16,9 @@ _FAILED = ("rolled_back", "rejected")
 
 
 class RolloutStopped(FreshetError):
-    """The rollout ended without a promotion."""
+    """The rollout ended without a promotion: to wait again changes nothing."""
+
+    exit_code = 2
 
 
 def follow(storage: Storage, config: RolloutConfig, result: RolloutResult, actions: tuple[Alias, ...]) -> RolloutResult:

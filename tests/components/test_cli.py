@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from components.config import StepConfig, cli, form_fields, to_arguments
-from components.errors import BadInput
+from components.errors import AlreadyExists, BadInput, FreshetError
 
 
 class PourConfig(StepConfig):
@@ -60,6 +61,30 @@ def test_the_result_is_written_where_a_pod_expects_it(tmp_path: Path, monkeypatc
 def test_wrong_input_exits_2_with_a_message(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(PourConfig, run, argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_only_wrong_input_exits_2_what_may_succeed_later_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """Airflow gives up at once on 2; a lost race or a server that is away is worth another try."""
+    for error in (FreshetError("no server answers"), AlreadyExists("delta 1 is published")):
+        assert cli(PourConfig, failing(error), []) == 1
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_damaged_data_is_not_called_wrong_settings() -> None:
+    with pytest.raises(ValidationError) as damaged:
+        Poured.model_validate_json('{"config": ')
+    with pytest.raises(ValidationError):  # a traceback and exit code 1
+        cli(PourConfig, failing(damaged.value), [])
+
+
+def failing(error: Exception) -> Callable[[PourConfig], Poured]:
+    """A step that ends with this error."""
+
+    def fail(_: PourConfig) -> Poured:
+        raise error
+
+    fail.__module__ = run.__module__
+    return fail
 
 
 def test_help_shows_defaults_bounds_and_what_the_step_does(capsys: pytest.CaptureFixture[str]) -> None:

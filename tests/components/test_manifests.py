@@ -33,6 +33,15 @@ def test_the_first_of_two_attempts_stands(storage: Storage) -> None:
     assert manifests.read_part(storage, first, "data").column("value").to_pylist() == [1]
 
 
+def test_a_truncated_manifest_is_named_with_the_remedy(storage: Storage) -> None:
+    manifests.publish(storage, "things/one", write(storage, 1))
+    path = "things/one/manifest.json"
+    storage.write_bytes(path, storage.read_bytes(path)[:-9])
+    for read in (lambda: manifests.find(storage, "things/one"), lambda: manifests.find_all(storage, "things")):
+        with pytest.raises(BadInput, match=r"things/one/manifest\.json is truncated or no manifest; delete it"):
+            read()
+
+
 def test_an_unknown_part_is_refused_naming_those_that_exist(storage: Storage) -> None:
     with pytest.raises(BadInput, match="no part 'eval', only data"):
         manifests.read_part(storage, write(storage, 1), "eval")

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from base64 import b64encode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import pytest
 
 from components.errors import BadInput, FreshetError
@@ -99,6 +103,29 @@ def test_lineage_tells_which_versions_saw_a_window(registry: Registry) -> None:
 def test_without_an_mlflow_server_the_error_says_what_to_do() -> None:
     with pytest.raises(FreshetError, match=r"no MLflow server answers at http://127\.0\.0\.1:9 .*--tracking-uri"):
         Registry("http://127.0.0.1:9")
+
+
+def test_a_login_in_the_address_is_sent_to_the_server_and_told_to_nobody() -> None:
+    sent: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            sent.append(self.headers["Authorization"])
+            self.send_response(200 if len(sent) == 1 else 503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing: a test's output is its own."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        Registry(f"http://ana:s%40cret@{address}/")
+        with pytest.raises(FreshetError, match=f"no MLflow server answers at http://{address} ") as refused:
+            Registry(f"http://ana:s%40cret@{address}/")
+        server.shutdown()
+    assert sent == [f"Basic {b64encode(b'ana:s@cret').decode()}"] * 2
+    assert "cret" not in str(refused.value)
 
 
 def test_a_failed_block_ends_its_run_as_failed(registry: Registry) -> None:

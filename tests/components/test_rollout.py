@@ -238,6 +238,9 @@ def test_waiting_fails_loudly_when_the_release_is_rejected(storage: Storage) -> 
     publish(storage, 3, auc=0.4)
     with pytest.raises(RolloutStopped, match=r"ranker 3 \+ retriever 3 was rejected: ranker.auc_click >= 0.5"):
         go(storage, "start", ranker=3, retriever=3, until="gate")
+    where = [f"--root={storage.root}", "--tracking-uri=none", "--server-url=none"]
+    again = [*where, "--ranker=3", "--retriever=3", "--until=gate"]
+    assert cli(RolloutConfig, rollout.run, again) == 2, "to ask again cannot help: no retry"
 
 
 def test_waiting_for_a_paused_rollout_says_so_and_gives_up_in_time(
