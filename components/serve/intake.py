@@ -83,7 +83,7 @@ class Intake:
             raise
 
         def known(done: Future[None]) -> None:
-            if done.exception() is None:
+            if not done.cancelled() and done.exception() is None:
                 self.history.commit(received_at, *tables)
             else:
                 self.history.release(received_at)

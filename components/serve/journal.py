@@ -100,11 +100,13 @@ class Journal:
                     stop = True
                     break
                 group.append(following)
-            self._commit(group)
+            if wanted := [record for record in group if record[1].set_running_or_notify_cancel()]:
+                self._commit(wanted)
             if stop:
                 return
 
     def _commit(self, group: list[tuple[bytes, Future[None]]]) -> None:
+        """Write the records of running futures; nobody can cancel these any more."""
         try:
             with self._segment_lock:
                 segment = self._segment or self._open()
@@ -158,7 +160,7 @@ class Journal:
 
 def ship_orphans(folder: Path, storage: Storage) -> None:
     """Ship what servers that no longer run have left in the journals beside `folder`."""
-    for other in sorted(folder.parent.glob("port-*")):
+    for other in sorted(folder.parent.glob("*port-*")):  # as ServeConfig.journal_folder names them
         if other == folder or not any(other.glob(f"*{_SUFFIX}")):
             continue
         try:

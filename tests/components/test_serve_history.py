@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.schemas import ACTION_EVENTS, IMPRESSIONS, action_bit
+from components.serve.api import EARLIEST_US, EventsBody, ImpressionIn
 from components.serve.history import History
+from components.serve.intake import Intake
+from components.serve.journal import Journal
+from components.serve.metrics import Metrics
 from components.serve.shipping import to_table
 from model.inputs import Queries, UserEvents, build_tokens
 from tests.components.serving import HOUR_US, catalogue
@@ -93,6 +99,27 @@ def test_a_failed_write_releases_the_clock(clock: Clock) -> None:
     h = history(clock)
     h.release(h.reserve())
     clock.now = 2000
+    assert h.snapshot(1)[0] == 2000
+
+
+def test_a_client_that_hangs_up_before_its_events_are_written_releases_the_clock(clock: Clock) -> None:
+    class FullQueue:
+        def append(self, _: Any) -> Future[None]:
+            return Future()
+
+    h = history(clock)
+    body = EventsBody(impressions=[ImpressionIn(request_id=1, user_id=1, item_id=7, timestamp_us=EARLIEST_US)])
+
+    async def post_and_hang_up() -> None:
+        posted = asyncio.create_task(Intake(h, Metrics(), 5).record(body, cast(Journal, FullQueue())))
+        await asyncio.sleep(0)
+        clock.now = 2000
+        assert h.snapshot(1)[0] == 1000, "the event holds the clock back"
+        posted.cancel()
+        await asyncio.wait([posted])
+        await asyncio.sleep(0)
+
+    asyncio.run(post_and_hang_up())
     assert h.snapshot(1)[0] == 2000
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import wait
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from components.errors import BadInput
 from components.serve import journal as journal_module
+from components.serve.config import ServeConfig
 from components.serve.journal import Journal, ship_orphans
 from components.storage import Storage
 from tests.components.serving import START_US, read_log
@@ -171,17 +173,53 @@ def test_one_journal_serves_one_server_and_one_store(storage: Storage, tmp_path:
         Journal(tmp_path / "journal", Storage(f"file://{tmp_path}/other"), NEVER)
 
 
+@pytest.mark.parametrize("root", ["", "s3://bucket/store"])
 def test_journals_of_servers_that_are_gone_are_shipped_and_those_in_use_left_alone(
-    storage: Storage, tmp_path: Path
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
 ) -> None:
-    gone, used = (Journal(tmp_path / f"port-{port}", storage, NEVER) for port in (1, 2))
+    monkeypatch.chdir(tmp_path)
+    at = {port: ServeConfig(root=root or storage.root, port=port).journal_folder() for port in (1, 2, 3)}
+    gone, used = (Journal(at[port], storage, NEVER) for port in (1, 2))
     for number, journal in enumerate((gone, used)):
         journal.append({"impressions": [impression(number)]}).result(5)
     gone._lock_file.close()
-    ship_orphans(tmp_path / "port-3", storage)
+    ship_orphans(at[3], storage)
     assert logged(storage) == [0]
     used.close()
     assert logged(storage) == [0, 1]
+
+
+def test_journals_of_another_store_are_left_alone(storage: Storage, tmp_path: Path) -> None:
+    other = Storage(f"file://{tmp_path}/other")
+    gone = Journal(tmp_path / "0123456789ab-port-1", other, NEVER)
+    gone.append({"impressions": [impression(1)]}).result(5)
+    gone._lock_file.close()
+    ship_orphans(tmp_path / "ba9876543210-port-2", storage)
+    assert logged(storage) == logged(other) == []
+
+
+def test_an_append_that_its_caller_gave_up_stops_nobody_else(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal", storage, NEVER)
+    at_work, go_on = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def held(descriptor: int) -> None:
+        at_work.set()
+        go_on.wait(10)
+        fsync(descriptor)
+
+    monkeypatch.setattr(journal_module.os, "fsync", held)
+    first = journal.append({"impressions": [impression(1)]})
+    assert at_work.wait(5)
+    given_up, kept = (journal.append({"impressions": [impression(number)]}) for number in (2, 3))
+    assert given_up.cancel() and not first.cancel()
+    go_on.set()
+    first.result(5)
+    kept.result(5)
+    journal.close()
+    assert logged(storage) == [1, 3]
 
 
 def test_an_unreachable_store_keeps_events_in_the_journal(
