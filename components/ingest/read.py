@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_parquet(path: Path) -> Raw:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(f"{path} is not a readable Parquet file, maybe truncated ({error}); write it again") from error
-    return Raw(_not_empty(table, path), quarantine_table("raw", [], [], path.name), path.name)
+    return Raw(_checked(table, path), quarantine_table("raw", [], [], path.name), path.name)
 
 
 def read_csv(
@@ -109,7 +110,7 @@ def read_csv(
         raise BadInput(f"{path} is not a readable CSV file ({error}); check its separator and encoding") from error
     malformed.sort()
     return Raw(
-        _not_empty(table, path, malformed),
+        _checked(table, path, malformed),
         quarantine_table("raw", ["malformed_row"] * len(malformed), malformed, path.name),
         path.name,
     )
@@ -117,23 +118,33 @@ def read_csv(
 
 def read_jsonl(path: Path) -> Raw:
     """One JSON object per line; every value as text, absent and null alike as null."""
-    rows, malformed = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    rows: list[dict[str, str | None]] = []
+    malformed = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # strings may hold other line ends
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
+        if (row := _json_row(line)) is not None:
             rows.append(row)
         else:
             malformed.append(json.dumps(line))
     bad = quarantine_table("raw", ["malformed_row"] * len(malformed), malformed, path.name)
-    return Raw(_not_empty(text_table(rows), path, malformed), bad, path.name)
+    return Raw(_checked(text_table(rows), path, malformed), bad, path.name)
 
 
-def text_table(rows: list[dict[str, object]]) -> pa.Table:
+def _json_row(line: str) -> dict[str, str | None] | None:
+    """The values of a JSON object as text; None for what is no row."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            return None
+        texts = {name: _text(value) for name, value in row.items()}
+        "".join([*texts, *filter(None, texts.values())]).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and brackets nested as deep
+        return None
+    return texts
+
+
+def text_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
     """Dicts to a table of strings; other values keep their JSON text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in names})
@@ -148,7 +159,10 @@ def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def _not_empty(table: pa.Table, path: Path, malformed: Sequence[str] = ()) -> pa.Table:
+def _checked(table: pa.Table, path: Path, malformed: Sequence[str] = ()) -> pa.Table:
+    """The table; BadInput when it is empty or two of its columns have one name."""
     if table.num_rows == 0 and not malformed:
         raise BadInput(f"{path} has no rows; give a file with at least one")
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise BadInput(f"{path} has several columns called {', '.join(map(repr, twice))}; give each a name of its own")
     return table

@@ -74,7 +74,9 @@ class Rows:
 
     def numbers(self, name: str, missing: float | None = None) -> NDArray[np.float64]:
         """Finite numbers >= 0. Empty values are bad unless `missing` gives their value."""
-        column = self._column(name)
+        return self._numbers(name, self._column(name), missing)
+
+    def _numbers(self, name: str, column: pa.Array, missing: float | None) -> NDArray[np.float64]:
         empty = column.is_null().to_numpy(zero_copy_only=False)
         if missing is None:
             self.reject(empty, f"missing_{name}")
@@ -84,11 +86,14 @@ class Rows:
         return np.where(empty, np.nan if missing is None else missing, values)
 
     def flags(self, name: str) -> NDArray[np.bool_]:
-        """True where the column holds 1 (or true), False where 0 (or false) or nothing."""
+        """True where the column holds 1 or true, False where 0, false or nothing; words in any case."""
         column = self._column(name)
         if pa.types.is_boolean(column.type):
             return np.asarray(column.fill_null(False).to_numpy(zero_copy_only=False))
-        values = self.numbers(name, missing=0.0)
+        if pa.types.is_string(column.type):
+            for word, digit in (("true", "1"), ("false", "0")):
+                column = pc.if_else(pc.equal(pc.utf8_lower(column), word), digit, column)
+        values = self._numbers(name, column, missing=0.0)
         self.reject((values != 0) & (values != 1), f"flag_{name}_not_0_or_1")
         return values == 1
 

@@ -43,6 +43,11 @@ def plain(path: Path, text: str) -> Path:
         (lambda d: truncated(d / "log.parquet"), {"source": "files"}, "not a readable Parquet file, maybe truncated"),
         (lambda d: plain(d / "log.parquet", "no parquet"), {"source": "files"}, "not a readable Parquet file"),
         (
+            lambda d: plain(d / "log.csv", "user_id,item_id,timestamp,item_id\n1,2,3,4\n"),
+            {"source": "files"},
+            r"log\.csv has several columns called 'item_id'; give each a name of its own",
+        ),
+        (
             lambda d: plain(d / "log.csv", "uid,item_id\n1,2\n"),
             {"source": "files"},
             "has no column user_id, timestamp; it has uid, item_id",

@@ -62,6 +62,24 @@ def test_lines_that_are_no_rows_are_set_aside(store: Storage, tmp_path: Path) ->
     assert (result.impressions, result.quarantined) == (1, {"malformed_row": 2})
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param('{"user_id": 1' + "0" * 5000 + "}", id="a number of 5,000 digits"),
+        pytest.param('{"user_id": ' + "[" * 100_000 + "]" * 100_000 + "}", id="100,000 brackets, one in another"),
+        pytest.param('{"note": "\\ud83d"}', id="half of a surrogate pair"),
+        pytest.param('{"\\ud83d": 1}', id="a name that is half of a surrogate pair"),
+    ],
+)
+def test_no_line_of_json_can_stop_the_others(store: Storage, tmp_path: Path, line: str) -> None:
+    good = '{"user_id": 1, "item_id": 2, "timestamp": 1700000000}'
+    (tmp_path / "log.jsonl").write_text(f"{line}\n{good}\n")
+    result = ingest(store, source="files", path=str(tmp_path / "log.jsonl"), max_bad_share=0.5)
+    assert (result.impressions, result.quarantined) == (1, {"malformed_row": 1})
+    (row,) = store.read_table(str(result.quarantine_path)).to_pylist()
+    assert json.loads(row["row"]) == line, "it is kept as it was"
+
+
 def test_a_bad_row_with_a_time_belongs_to_the_slice_of_that_time_only(store: Storage, tmp_path: Path) -> None:
     columns = {"user_id": ["1", "x", "3"], "item_id": [1, 2, 3], "timestamp": [1700000000, 1700000001, 1700000100]}
     path = str(written(tmp_path / "log.csv", columns))

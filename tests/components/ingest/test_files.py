@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from components.config import cli
+from components.ingest.config import IngestConfig
+from components.ingest.run import run
 from components.schemas import hash_id
 from components.storage import Storage
 from tests.components.ingest.cases import LOG, MAPPING, events, ingest, written
@@ -53,6 +58,43 @@ def test_action_rows_keep_their_request_and_their_names_can_be_mapped(store: Sto
         [6, "like", 1_700_000_003_000_000],
     ]
     assert store.list("events/impressions") == []
+
+
+def test_flags_may_be_numbers_or_words_in_every_format(store: Storage, tmp_path: Path) -> None:
+    row = {"user_id": 1, "timestamp": 1700000000}
+    flags = [True, False, 1, 0, "true", "FALSE", None]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row | {"item_id": n, "click": flag}) + "\n" for n, flag in enumerate(flags)))
+    assert ingest(store, source="files", path=str(path), kind="impressions").quarantined == {}
+    assert sorted(events(store, "actions").item_id) == [0, 2, 4]
+    table = {"user_id": [1, 1], "item_id": [10, 11], "timestamp": [1700000000, 1700000000], "click": [True, False]}
+    for ending in ("csv", "parquet"):
+        path = written(tmp_path / f"log.{ending}", table)
+        result = ingest(store, source="files", path=str(path), kind="impressions")
+        assert (result.impressions, result.actions, result.quarantined) == (2, {"click": 1}, {})
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_row(store: Storage, tmp_path: Path) -> None:
+    row = {"user_id": "a\u2028b", "item_id": "x\x85y", "timestamp": 1700000000}
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", newline="")
+    result = ingest(store, source="files", path=str(path), string_ids=True)
+    assert (result.impressions, result.quarantined) == (1, {})
+    assert events(store, "impressions").user_id.tolist() == [hash_id("a\u2028b")]
+
+
+def test_the_commands_of_the_readme_ingest_a_log_and_its_items(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python -m components\.ingest (.*)", readme)
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "log.csv", {"uid": ["a"], "sku": ["x"], "ts": ["2024-01-01T00:00:00Z"], "clicked": [1]})
+    written(tmp_path / "items.csv", {"sku": ["x", "y"], "brand": ["b", "b"]})
+    for command in commands:
+        assert cli(IngestConfig, run, shlex.split(command.replace("$STORE", store.root))) == 0
+    assert len(events(store, "impressions")) == len(events(store, "actions")) == 1
+    assert sum(store.read_table(path).num_rows for path in store.list("items")) == 2
 
 
 def test_feedback_rows_are_an_impression_and_its_action(store: Storage, tmp_path: Path) -> None:
