@@ -102,13 +102,15 @@ def apply(actions: tuple[Alias, ...], tracking_uri: str) -> None:
 
 def _subject(state: RolloutState, config: RolloutConfig) -> Release | None:
     """The release that a call is about; refuses to decide about another one than was named."""
-    if not (config.ranker or config.retriever):
+    named = {model: version for model in ("ranker", "retriever") if (version := getattr(config, model))}
+    if not named:
         return state.subject
     for release in (state.subject, state.champion):
-        if release is not None and (release.ranker, release.retriever) == (config.ranker, config.retriever):
+        if release is not None and named.items() <= dict(release).items():
             return release
+    wanted = " + ".join(f"{model} {version}" for model, version in named.items())
     raise BadInput(
-        f"the latest rollout is of {state.subject}, not of ranker {config.ranker} + retriever {config.retriever}; "
+        f"the latest rollout is of {state.subject}, not of {wanted}; "
         "start that release, or leave --ranker and --retriever out"
     )
 

@@ -60,6 +60,10 @@ class ServerGone(FreshetError):
 class Refused(FreshetError):
     """The server answered 4xx: repeating the call would not help."""
 
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__(f"{response.request.url} answered {response.status_code}: {response.text[:500]}")
+        self.response = response
+
 
 class Client:
     """POST with retries. `retries` counts repeated calls, `latencies` the seconds of each successful recommendation."""
@@ -76,7 +80,14 @@ class Client:
         return self._read(Slate, response)
 
     async def send(self, impressions: list[dict[str, Any]], actions: list[dict[str, Any]]) -> Acknowledgement:
-        response, _ = await self._post("/v1/events", {"impressions": impressions, "actions": actions})
+        """What became of the events; Refused when the server rejects the call itself and not its rows."""
+        try:
+            response, _ = await self._post("/v1/events", {"impressions": impressions, "actions": actions})
+        except Refused as refusal:  # also the status when every row is rejected
+            try:
+                return Acknowledgement.model_validate_json(refusal.response.content)
+            except ValidationError:
+                raise refusal from None
         return self._read(Acknowledgement, response)
 
     def _read(self, kind: type[Answer], response: httpx.Response) -> Answer:
@@ -112,7 +123,7 @@ class Client:
         if response.status_code == 429 or response.status_code >= 500:
             raise Unavailable(f"status {response.status_code}: {response.text[:200]}")
         if response.status_code >= 400:
-            raise Refused(f"{self.base_url}{path} answered {response.status_code}: {response.text[:500]}")
+            raise Refused(response)
         return response, time.perf_counter() - started
 
     def _count(self, _: RetryCallState) -> None:

@@ -32,7 +32,7 @@ class FakeServer:
         self.rng = np.random.default_rng(0)
         self.app = FastAPI()
         self.app.add_api_route("/v1/recommend", self.recommend, methods=["POST"])
-        self.app.add_api_route("/v1/events", self.events, methods=["POST"], status_code=202)
+        self.app.add_api_route("/v1/events", self.events, methods=["POST"])
 
     def recommend(self, body: dict[str, Any]) -> Response:
         if self.failures:
@@ -58,7 +58,7 @@ class FakeServer:
         self.served[answer["request_id"]] = answer | {"page": body["page"]}
         return JSONResponse(answer)
 
-    def events(self, body: dict[str, Any]) -> dict[str, Any]:
+    def events(self, body: dict[str, Any]) -> Response:
         now = time.time_ns() // 1000
         self.early += [e for kind in ("impressions", "actions") for e in body[kind] if e["timestamp_us"] > now]
         self.impressions += body["impressions"]
@@ -70,8 +70,6 @@ class FakeServer:
             if self.reject_items
         ]
         unmatched = sum((e["request_id"], e["item_id"]) not in known for e in body["actions"])
-        return {
-            "accepted": len(body["impressions"]) + len(body["actions"]),
-            "rejected": rejected,
-            "unmatched_actions": unmatched,
-        }
+        accepted = len(body["impressions"]) + len(body["actions"]) - len(rejected)
+        answer = {"accepted": accepted, "rejected": rejected, "unmatched_actions": unmatched}
+        return JSONResponse(answer, 422 if rejected and not accepted else 202)

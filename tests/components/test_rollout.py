@@ -154,8 +154,19 @@ def test_orders_that_do_not_fit_say_what_does(storage: Storage) -> None:
     with pytest.raises(BadInput, match="start one"):
         go(storage, "approve")
     go(storage, "start", ranker=2, retriever=2)
-    with pytest.raises(BadInput, match="not of ranker 1"):
+    with pytest.raises(BadInput, match=r"not of ranker 1 \+ retriever 1;"):
         go(storage, ranker=1, retriever=1)
+
+
+def test_one_of_the_two_versions_is_enough_to_name_a_release(storage: Storage) -> None:
+    go(storage, "start", ranker=2, retriever=2)
+    for refused in ({"ranker": 1}, {"retriever": 1}, {"ranker": 2, "retriever": 1}):
+        with pytest.raises(BadInput, match="the latest rollout is of ranker 2"):
+            go(storage, "abort", **refused)
+    with pytest.raises(BadInput, match="not of retriever 1;"):
+        go(storage, "abort", retriever=1)
+    assert go(storage, "pause", retriever=2).subject == Release(ranker=2, retriever=2)
+    assert go(storage, "abort", ranker=2).stage == "rolled_back"
 
 
 def test_of_two_deciders_one_decides(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

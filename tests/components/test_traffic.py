@@ -169,6 +169,20 @@ def test_events_that_the_server_rejects_are_counted_by_reason(root: str) -> None
     server = FakeServer(world_of(config), reject_items=True)
     result = run(config, over(server))
     assert result.rejected == {"impressions: unknown item": 50}
+    assert result.total.requests == 5 and result.accepted == len(server.actions)
+
+
+def test_a_call_that_the_server_refuses_as_a_whole_ends_the_run(root: str) -> None:
+    config = settings(root, requests=5)
+    server = FakeServer(world_of(config))
+
+    async def send(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/events":
+            return httpx.Response(422, json={"error": "events: no list", "detail": []}, request=request)
+        return await httpx.ASGITransport(server.app).handle_async_request(request)
+
+    with pytest.raises(FreshetError, match=r"/v1/events answered 422: .*events: no list"):
+        run(config, httpx.MockTransport(send))
 
 
 def test_removed_items_are_counted_and_never_clicked(root: str) -> None:
