@@ -116,21 +116,23 @@ class Ranker(SequenceModel):
         """Mean over the targets of the summed losses of all outputs, and the number of targets.
 
         With negative_rate below 1 an action's negatives are a sample, the same in every pass and batch, and targets
-        that no output learns from do not count.
+        that no output learns from do not count. Regressions learn from the sample alone, whatever the labels: all
+        positives beside a few negatives would promise too many seconds.
         """
         outputs, labels, rate = self(tokens), self.labels(tokens), self.config.negative_rate
-        kept = (labels > 0) | self._drawn(tokens)[:, None]
+        drawn = self._drawn(tokens)
+        kept = (labels > 0) | drawn[:, None]
         used = kept.any(1)
         heads = len(self.head_names)
         loss = sampled_binary_cross_entropy(outputs[:, :heads], labels, kept, rate)
         if self.regression_names:
-            seconds = tokens.watch.masked_fill(~used, float("nan"))
+            seconds = tokens.watch.masked_fill(~drawn, float("nan"))
             loss = loss + self.config.regression_weight * log_seconds_error(outputs[:, heads], seconds)
         count = int(used.sum())
         return loss / max(count, 1), count
 
     def _drawn(self, tokens: Tokens) -> Tensor:
-        """(N,) bool: impressions whose negatives are trained on."""
+        """(N,) bool: impressions whose negatives and values are trained on."""
         if self.config.negative_rate >= 1:
             return torch.ones(len(tokens.targets), dtype=torch.bool)
         key = (column[tokens.targets].numpy() for column in (tokens.user, tokens.item, tokens.query_time))

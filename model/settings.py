@@ -216,7 +216,11 @@ class RankerConfig(ModelConfig):
     )
     experts: int = Field(default=4, ge=1, le=64, description="Experts of mmoe (ranker)")
     negative_rate: float = Field(
-        default=1.0, gt=0, le=1, description="Share of an action's negatives trained on; log-odds corrected (ranker)"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of an action's negatives trained on, log-odds corrected; a regression learns from this "
+        "share of all impressions (ranker)",
     )
     bias_slots: str = Field(default="item,user,page", description="Features with an additive logit per action (ranker)")
     bias_lr: float = Field(default=0.2, gt=0, description="Learning rate of the additive logits, pretraining (ranker)")

@@ -85,3 +85,13 @@ def test_predictions_are_calibrated_whatever_share_of_the_negatives_is_trained_o
     assert (seen < 0.6 * data.targets()) if rate < 1 else (seen == data.targets())
     metrics = trainer.evaluate(data)
     assert 0.85 < metrics["click/calibration"] < 1.15, "uncorrected it would promise more than twice as much"
+
+
+def test_seconds_are_unbiased_with_a_share_of_the_negatives() -> None:
+    data = SequenceDataset(table([user(i, 20, 9) for i in range(150)]))
+    settings = SMALL | {"heads": "click", "negative_rate": 0.2, "epochs": 16, "dense_lr": 0.01, "batch_tokens": 512}
+    watch = {"regression": "watch", "regression_weight": 1.0}
+    trainer = Trainer(Ranker(RankerConfig(**settings, **watch, slots="page", bias_slots="page"), catalogue()))
+    trainer.fit(data)
+    predicted, true = trainer.predict(data)["value"].mean(), np.log1p(data.column("watch_s")).mean()
+    assert predicted == pytest.approx(true, rel=0.12), "clicked impressions are watched twice as long as the average"
