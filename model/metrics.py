@@ -9,10 +9,13 @@ CLIP = 1e-7
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Probability that a positive outranks a negative, ties counting one half; NaN without both classes."""
+    """Probability that a positive outranks a negative, ties counting one half.
+
+    NaN without both classes, and with a score that is not a number.
+    """
     y, s = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     positives, negatives = int(y.sum()), int((~y).sum())
-    if not positives or not negatives:
+    if not positives or not negatives or np.isnan(s).any():
         return float("nan")
     _, place, counts = np.unique(s, return_inverse=True, return_counts=True)
     middle_rank = np.cumsum(counts) - (counts - 1) / 2
@@ -55,6 +58,15 @@ def calibration_curve(
     predicted = np.array([p[group].mean() for group in groups])
     observed = np.array([y[group].mean() for group in groups])
     return predicted, observed, np.array([len(group) for group in groups], dtype=np.int64)
+
+
+def ranks_of(scores: ArrayLike, own: ArrayLike) -> NDArray[np.int64]:
+    """1-based ranks [N] of own scores [N] among scores [N, items], theirs included.
+
+    Equal scores count against it, and so do scores that are not a number: a diverged model finds nothing.
+    """
+    found: NDArray[np.int64] = (~(np.asarray(scores) < np.asarray(own)[:, None])).sum(1)
+    return found
 
 
 def hit_rate(ranks: ArrayLike, k: int) -> float:

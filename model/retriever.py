@@ -16,7 +16,7 @@ from model.embedding import make_table
 from model.heads import linear
 from model.inputs import Queries, Tokens, UserEvents
 from model.losses import sampled_cross_entropy
-from model.metrics import hit_rate, ndcg
+from model.metrics import hit_rate, ndcg, ranks_of
 from model.requests import RequestDataset
 from model.sequence_model import SequenceModel
 from model.settings import ModelConfig, RetrieverConfig
@@ -157,12 +157,12 @@ class Retriever(SequenceModel):
         return ids[best], scores[best]
 
     def evaluate_batch(self, tokens: Tokens) -> dict[str, NDArray]:
-        """Per positive: its 1-based rank among `items`, equal scores counting against it."""
+        """Per positive: its 1-based rank among `items`, as `ranks_of` counts it."""
         wanted = tokens.labels.numpy()
         items = np.union1d(self.items, wanted)
         scores = self(tokens) @ self.item_vectors(items).T
-        own = scores.gather(1, torch.from_numpy(np.searchsorted(items, wanted))[:, None])
-        return {"rank": (scores >= own).sum(1).numpy(), "user_id": tokens.user[tokens.targets].numpy()}
+        own = scores.gather(1, torch.from_numpy(np.searchsorted(items, wanted))[:, None]).squeeze(1)
+        return {"rank": ranks_of(scores, own), "user_id": tokens.user[tokens.targets].numpy()}
 
     def summarise(self, outputs: dict[str, NDArray]) -> dict[str, float]:
         """requests (positives), hr@k, ndcg@k for k in 10, 50, 200."""

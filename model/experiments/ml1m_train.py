@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.experiments.ml1m_data import Histories, questions, training_batches
-from model.metrics import hit_rate, ndcg
+from model.metrics import hit_rate, ndcg, ranks_of
 from model.sequential import NextItem, SequentialConfig
 
 CUTS = (10, 50, 200)
@@ -60,8 +60,8 @@ def evaluate(model: NextItem, data: Histories, *, held_out: int) -> Metrics:
         own = scores.gather(1, question.wanted[:, None])
         scores[question.seen] = float("-inf")
         scores.scatter_(1, question.wanted[:, None], own)  # a target seen before is still an answer
-        ranks.append((scores >= own).sum(1))
-    found = torch.cat(ranks).numpy()
+        ranks.append(ranks_of(scores.numpy(), own.squeeze(1).numpy()))
+    found = np.concatenate(ranks)
     return {f"{name}@{k}": measure(found, k) for name, measure in (("hr", hit_rate), ("ndcg", ndcg)) for k in CUTS}
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from model.experiments.last_run import Benchmark
 from model.experiments.run_configs import ALL_CONFIGS, read_config
 from model.experiments.streaming_data import Int64s, Reading, StreamShape, best_hit_rates, make_stream
-from model.metrics import hit_rate
+from model.metrics import hit_rate, ranks_of
 from model.sequential import ItemHistories, NextItem, SequentialConfig
 from model.softmax import catalogue_cross_entropy
 
@@ -150,8 +150,7 @@ def ranks(
     if shape.reading == "distinct":
         scores.masked_fill_(_had(histories, wanted.shape, late, len(items)), float("-inf"))
         scores.scatter_(1, wanted[:, late:].reshape(-1, 1), own)  # of a category that has run out
-    found: NDArray[np.int64] = (scores >= own).sum(1).numpy()
-    return found
+    return ranks_of(scores, own.squeeze(1))
 
 
 def _had(histories: ItemHistories, shape: torch.Size, late: int, items: int) -> Tensor:

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from model.metrics import auc, calibration, calibration_curve, hit_rate, log_loss, ndcg, normalised_entropy
+from model.metrics import (
+    auc,
+    calibration,
+    calibration_curve,
+    hit_rate,
+    log_loss,
+    ndcg,
+    normalised_entropy,
+    ranks_of,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,3 +70,12 @@ def test_hit_rate_and_ndcg_by_hand() -> None:
     assert hit_rate(ranks, 10) == pytest.approx(2 / 3)
     assert ndcg(ranks, 10) == pytest.approx((1 + 0.5) / 3)
     assert math.isnan(hit_rate([], 10))
+
+
+def test_equal_scores_and_scores_that_are_no_number_count_against_a_rank() -> None:
+    scores = np.array([[3.0, 2, 1], [1, 1, 1], [3, math.nan, 1], [math.nan] * 3])
+    assert ranks_of(scores, scores[:, 0]).tolist() == [1, 3, 2, 3]
+
+
+def test_scores_that_are_no_number_have_no_auc() -> None:
+    assert math.isnan(auc([0, 1, 1], [0.1, math.nan, math.nan]))

@@ -104,10 +104,11 @@ def test_seen_items_are_no_candidates_and_ties_count_against_the_target() -> Non
     assert evaluate(model, data, held_out=1)["ndcg@10"] == pytest.approx(1 / np.log2(1 + 2))  # 4; 3 has been seen
 
 
-def test_equal_scores_count_against_the_target() -> None:
+@pytest.mark.parametrize("score", [0.0, float("nan")])
+def test_equal_scores_and_those_that_are_no_number_count_against_the_target(score: float) -> None:
     class Equal(NextItem):
         def scores(self, batch: ItemHistories) -> torch.Tensor:
-            return torch.zeros(len(batch.lengths), self.config.items)
+            return torch.full((len(batch.lengths), self.config.items), score)
 
     data = Histories([np.arange(4)], [np.arange(4)], np.arange(300))
     found = evaluate(Equal(RunConfig().network(300)), data, held_out=1)

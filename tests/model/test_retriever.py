@@ -100,6 +100,14 @@ def test_users_without_a_positive_cost_nothing() -> None:
     loss.backward()
 
 
+def test_a_diverged_retriever_finds_nothing() -> None:
+    trainer = Trainer(make())
+    with torch.no_grad():
+        trainer.parameters["head.bias"][0] = float("nan")
+    metrics = trainer.evaluate(SequenceDataset(table([user(i, 12, 4) for i in range(6)])))
+    assert metrics["requests"] > 10 and metrics["hr@10"] == metrics["ndcg@10"] == 0
+
+
 def test_equal_scores_are_ordered_by_id() -> None:
     model = make(item_side=False)
     rows = torch.ones(40, 8)
