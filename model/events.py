@@ -46,7 +46,10 @@ class UserEvents:
     new_since_us: int | None = field(default=None, init=False)  # None: the time of the interaction new_from
 
     def new_since(self) -> int:
-        """From this time on an event was not learned from before; NEVER_US if none is new."""
+        """From this time on an event was not learned from before (with new_since_us: what became known, not happened).
+
+        NEVER_US if none is new.
+        """
         if self.new_since_us is not None:
             return self.new_since_us
         return int(self.timestamp[self.new_from]) if self.new_from < len(self) else NEVER_US

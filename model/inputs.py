@@ -293,11 +293,13 @@ def _new_events(columns: dict[str, NDArray], users: Sequence[UserEvents]) -> Int
     """The time of each token that was not learned from before, else NO_EVENT; a context token has its user's newest.
 
     An impression that is put as a candidate of its request is new there, and not again in the history of later ones.
+    To a request what became known since the one before is new, be it older: that one did not see it.
     """
     owner, kind, time = columns["owner"], columns["kind"], columns["query_time"]
     asked = columns.get("query", np.zeros_like(kind)) > 0
     since = np.array([u.new_since() for u in users], dtype=np.int64)
-    new = asked | (time >= since[owner])
+    one_request = np.array([u.new_since_us is not None for u in users], dtype=bool)
+    new = asked | (np.where(one_request[owner], columns["key_time"], time) >= since[owner])
     if (asked & (kind == IMPRESSION)).any():
         new &= asked | (kind != IMPRESSION)
     event = np.where(new, time, NO_EVENT)

@@ -41,15 +41,18 @@ class RequestDataset(SequenceDataset):
         self.user_id = users.user_id[self.owner]
         self.new_from = self.start
         self._time = time[start]
-        again = np.r_[False, self.owner[1:] == self.owner[:-1]][: len(start)]
-        before = np.where(self.start > 0, time[np.maximum(start - 1, 0)], BEFORE_ALL_US) if len(start) else self._time
-        self._since = np.where(again, np.r_[BEFORE_ALL_US, self._time[:-1]][: len(start)], before)
+        asked = np.arange(len(time)) if positive is None else np.flatnonzero(users.column("actions") & positive)
+        before = np.append(-1, asked)[np.searchsorted(asked, start)]  # the last example before; maybe another user's
+        self._since = np.where(before >= offsets[self.owner], time[before], BEFORE_ALL_US)
 
     def __len__(self) -> int:
         return len(self.owner)
 
     def __getitem__(self, index: int) -> UserEvents:
-        """The user's events up to and with the request; new is what came since the request before."""
+        """The user's events up to and with the request; new is what became known since the example before.
+
+        That may be one of an earlier window. What happened at requests that were no example is new to the next one.
+        """
         events = self._users[int(self.owner[index])]
         request = events.take(np.arange(self.stop[index]), int(self.start[index]))
         request.new_since_us = int(self._since[index])

@@ -10,12 +10,12 @@ import pytest
 
 from components.schemas import action_bit
 from model.dataset import SequenceDataset
-from model.inputs import UserEvents
+from model.inputs import IMPRESSION, UserEvents
 from model.ranker import Ranker, RankerConfig
 from model.retriever import Retriever, RetrieverConfig
 from model.table import EmbeddingTable
 from model.trainer import Trainer
-from tests.model.make import START, catalogue, table, user
+from tests.model.make import SECOND, START, catalogue, table, user
 
 DAY = 86_400_000_000
 SMALL: dict[str, Any] = {"dim": 8, "head_dim": 4, "window": 16, "batch_tokens": 200, "continual_batch_tokens": 100}
@@ -87,6 +87,27 @@ def test_an_event_counts_once_though_later_windows_see_it_in_their_histories(var
     assert dict(zip(rows.keys.tolist(), rows.counts.tolist(), strict=True)) == dict(
         zip(ids.tolist(), times.tolist(), strict=True)
     )
+
+
+@pytest.mark.parametrize("late", [0, 900], ids=["known at once", "known after the next request"])
+def test_to_a_request_new_is_what_no_example_before_has_seen(late: int) -> None:
+    """Each impression counts in the first request with a positive that sees it, in whichever window that is."""
+    model = retriever(variant="production", window=64)
+    whole = [
+        dataclasses.replace(u, item_id=1000 * u.user_id + np.arange(20), known_at=u.timestamp + late * SECOND)
+        for u in (user(i, 20, 1) for i in range(1, 20))
+    ]
+    found: list[int] = []
+    for start, stop in ((0, 5), (5, 12), (12, 20)):
+        parts = [part for u in whole if (part := split(u, start, stop)) is not None]
+        rows = model.examples(SequenceDataset(table(parts)))
+        tokens = model.tokens(rows.users(range(len(rows))))
+        found += tokens.item[(tokens.kind == IMPRESSION) & (tokens.event_us >= 0)].tolist()
+    expected = []
+    for u in whole:
+        asked = u.timestamp[(u.actions & model.positive) > 0].max(initial=0)
+        expected += u.item_id[u.known_at < asked].tolist()
+    assert sorted(found) == expected and len(expected) > 150
 
 
 def split(u: UserEvents, start: int, stop: int) -> UserEvents | None:
