@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ class SequenceDataset:
         self._offsets: dict[str, NDArray[np.int64]] = {}
         for name, dtype in EVENT_DTYPES.items():
             self._values[name], self._offsets[name] = _lists(table[name], name, dtype)
+        self._asked = np.zeros(len(self), dtype=np.int64)
 
     @classmethod
     def from_tables(cls, tables: Iterable[pa.Table]) -> SequenceDataset:
@@ -68,6 +70,15 @@ class SequenceDataset:
             arrays[name] = values[offsets[index] : offsets[index + 1]]
         return UserEvents(user_id=int(self.user_id[index]), new_from=int(self.new_from[index]), **arrays)
 
+    def asking(self, actions: int) -> SequenceDataset:
+        """The same users, with one token more for each new interaction that has one of these action bits."""
+        offsets = self._offsets["item_id"]
+        owner = np.repeat(np.arange(len(self)), self.counts())
+        new = np.arange(len(owner)) - offsets[owner] >= self.new_from[owner]
+        asking = copy.copy(self)
+        asking._asked = np.bincount(owner[new & ((self._values["actions"] & actions) > 0)], minlength=len(self))
+        return asking
+
     def users(self, indices: Iterable[int]) -> list[UserEvents]:
         """Several users."""
         return [self[int(index)] for index in indices]
@@ -94,7 +105,7 @@ class SequenceDataset:
 
     def tokens(self) -> NDArray[np.int64]:
         """(users,) an upper bound of each user's tokens."""
-        return sum(np.diff(self._offsets[name]) for name in ("item_id", "action_of", "aux_slot"))  # type: ignore[return-value]
+        return self._asked + sum(np.diff(self._offsets[name]) for name in ("item_id", "action_of", "aux_slot"))
 
     def first_new(self) -> NDArray[np.int64]:
         """(users,) time of the first new interaction in microseconds; the largest int64 if there is none."""
@@ -110,10 +121,10 @@ class SequenceDataset:
     ) -> list[NDArray[np.int64]]:
         """Batches of row indices for one epoch: a function of the dataset and these arguments alone.
 
-        lengths: count only the tokens that this rule leaves. sampled: only the rows that are `emitted`.
+        lengths: count only the tokens that this rule leaves, about. sampled: only the rows that are `emitted`.
         """
         random = np.random.default_rng([seed, epoch])
-        tokens = self._left(lengths, epoch)
+        tokens = self._left(lengths, epoch, keep_new=False)
         rows = self._with_targets()
         order = random.permutation(rows[self.emitted(seed, epoch)[rows]] if sampled else rows)
         batches: list[NDArray[np.int64]] = []
@@ -124,22 +135,28 @@ class SequenceDataset:
     def in_event_order(
         self, budget: int, lengths: StochasticLength | None = None, epoch: int = 0
     ) -> list[NDArray[np.int64]]:
-        """Batches for one pass, rows ordered by their first new interaction."""
+        """Batches for one pass, rows ordered by their first new interaction.
+
+        lengths: count only the tokens that this rule leaves, about, when it drops from the context alone.
+        """
         rows = self._with_targets()
         order = rows[np.argsort(self.first_new()[rows], kind="stable")]
-        return list(_cut(order, self._left(lengths, epoch), budget))
+        return list(_cut(order, self._left(lengths, epoch, keep_new=True), budget))
 
     def emitted(self, seed: int, epoch: int) -> NDArray[np.bool_]:
         """Generative sampling at rate 1/n per event: a row is a user's whole sequence already, so all are emitted."""
         return np.ones(len(self), dtype=bool)
 
-    def _left(self, lengths: StochasticLength | None, epoch: int) -> NDArray[np.int64]:
-        """(rows,) tokens that a rule leaves in this epoch, about."""
+    def _left(self, lengths: StochasticLength | None, epoch: int, *, keep_new: bool) -> NDArray[np.int64]:
+        """(rows,) tokens that a rule leaves in this epoch, about: as if all interactions had equally many."""
         tokens, counts = self.tokens(), self.counts()
         if lengths is None:
             return tokens
         kept = lengths.lengths(counts, self.user_id, epoch)
-        return np.ceil(tokens * (kept / np.maximum(counts, 1))).astype(np.int64)
+        fixed = np.zeros_like(tokens)
+        if keep_new:
+            kept, fixed = np.maximum(kept, counts - self.new_from), self._asked
+        return fixed + np.ceil((tokens - fixed) * (kept / np.maximum(counts, 1))).astype(np.int64)
 
     def _with_targets(self) -> NDArray[np.int64]:
         return np.flatnonzero(self.counts() > self.new_from)

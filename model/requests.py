@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,9 @@ from components.errors import BadInput
 from model.dataset import SequenceDataset
 from model.events import BEFORE_ALL_US, UserEvents
 from model.hashing import uniform
+
+if TYPE_CHECKING:
+    from model.stochastic_length import StochasticLength
 
 
 class RequestDataset(SequenceDataset):
@@ -72,8 +77,20 @@ class RequestDataset(SequenceDataset):
         return int((self.stop - self.start).sum())
 
     def tokens(self) -> NDArray[np.int64]:
+        return self._tokens(np.ones(len(self)))
+
+    def _tokens(self, share: NDArray[np.float64]) -> NDArray[np.int64]:
+        """(rows,) an upper bound with this share of the context."""
         of_user = self._users.tokens() - self._users.counts()  # action and auxiliary events, at most
-        return np.minimum(self.start + of_user[self.owner], self._reach) + self.stop - self.start
+        context = np.ceil((self.start + of_user[self.owner]) * share).astype(np.int64)
+        return np.minimum(context, self._reach) + self.stop - self.start
+
+    def _left(self, lengths: StochasticLength | None, epoch: int, *, keep_new: bool) -> NDArray[np.int64]:
+        """Targets are kept in any case; the reach cuts what the rule has left."""
+        if lengths is None:
+            return self.tokens()
+        kept = lengths.lengths(self.stop, self.user_id, epoch) - (self.stop - self.start)
+        return self._tokens(np.maximum(kept, 0) / np.maximum(self.start, 1))
 
     def first_new(self) -> NDArray[np.int64]:
         return self._time

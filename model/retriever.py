@@ -57,8 +57,9 @@ class Retriever(SequenceModel):
 
     def examples(self, dataset: SequenceDataset) -> SequenceDataset:
         """Users, or (setting examples) the requests with a positive."""
-        reach = self.config.reach()
-        return RequestDataset(dataset, reach, self.positive) if self.config.per_request() else dataset
+        if self.config.per_request():
+            return RequestDataset(dataset, self.config.reach(), self.positive)
+        return dataset.asking(self.positive)
 
     def item_vectors(self, item_ids: Int64s, events: Events | None = None) -> Tensor:
         """int64 [n] -> float32 [n, dim], of length one. events: the positives among them; None: there are none."""

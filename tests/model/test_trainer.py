@@ -126,6 +126,26 @@ def test_a_continual_pass_learns_every_new_interaction_whatever_the_stochastic_l
     assert result["targets"] == window.targets() and sum(read) < 0.9 * int(window.tokens().sum())
 
 
+@pytest.mark.parametrize("make", [ranker, retriever])
+@pytest.mark.parametrize("variant", ["research", "production"])
+@pytest.mark.parametrize(
+    "short", [{}, {"max_interactions": 60, "stochastic_alpha": 1.2}], ids=["whole", "stochastic length"]
+)
+@pytest.mark.parametrize("continual", [False, True])
+def test_no_batch_is_larger_than_the_token_budget(
+    make: Make, variant: str, short: dict[str, object], continual: bool
+) -> None:
+    """Stochastic length is counted as if all interactions had equally many actions, hence the tenth more."""
+    people = [user(i, 60, 1, new_from=10 if continual else 0) for i in range(30)]
+    liked = [dataclasses.replace(u, actions=np.full(60, CLICK, dtype=np.int32)) for u in people]
+    settings = {"variant": variant, "batch_tokens": 400, "continual_batch_tokens": 400, "epochs": 1} | short
+    read: list[int] = []
+    Trainer(make(**settings)).fit(
+        SequenceDataset(table(liked)), continual=continual, on_step=lambda step: read.append(step.tokens)
+    )
+    assert 200 < np.mean(read) < max(read) <= 440
+
+
 def test_a_step_tells_its_speed() -> None:
     steps: list[Step] = []
     trainer = Trainer(ranker())
