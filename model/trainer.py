@@ -80,7 +80,6 @@ class Trainer:
         dataset = self.model.examples(dataset)
         plan = self._plan(dataset, continual, epochs)
         losses: list[tuple[int, float, int]] = []
-        self.model.train()
         for done, (epoch, users) in enumerate(plan):
             if done < start:
                 continue
@@ -127,6 +126,7 @@ class Trainer:
 
     def _train_batch(self, users: list[UserEvents], continual: bool, pace: float, place: tuple[int, int, int]) -> Step:
         started = time.perf_counter()
+        self.model.train()  # in each step: on_step may have measured or scored, which ends the training mode
         tokens = self.model.tokens(users)
         if place[0] > 0 and not self._draws_events():
             tokens.event_us.fill_(NO_EVENT)

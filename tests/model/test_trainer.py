@@ -212,6 +212,18 @@ def test_evaluation_learns_nothing() -> None:
     assert same(before, trainer.export_state())
 
 
+@pytest.mark.parametrize("make", [ranker, retriever])
+def test_measuring_between_steps_changes_nothing_of_what_is_learned(make: Make) -> None:
+    undisturbed, measured = Trainer(make()), Trainer(make())
+
+    def measure(step: Step) -> None:
+        measured.evaluate(liking(5))
+
+    undisturbed.fit(liking())
+    measured.fit(liking(), on_step=measure)
+    assert same(undisturbed.export_state(), measured.export_state())
+
+
 def test_a_step_is_limited_by_the_norm_of_all_gradients_together() -> None:
     trainer = Trainer(ranker(clip_norm=1e-3))
     tokens = trainer.model.tokens(liking().users(range(5)))
