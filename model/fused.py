@@ -64,7 +64,7 @@ def project_reference(
     """norm_silu_project by torch operators."""
     mixed = norm(x) @ weight
     if bias is not None:
-        mixed = mixed + bias
+        mixed = mixed + bias.to(mixed.dtype)  # a float32 bias would make attention's input float32 under autocast
     mixed = torch.cat([F.silu(mixed[:, :silu_columns]), mixed[:, silu_columns:]], 1)
     u, v, q, k = mixed.split(sizes, dim=1)
     return u, v, q, k

@@ -156,8 +156,9 @@ def test_a_step_tells_its_speed() -> None:
 
 
 @pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("variant", ["research", "production"])
 def test_mixed_precision_is_for_training_alone_and_where_the_hardware_has_it(
-    has: bool, monkeypatch: pytest.MonkeyPatch
+    variant: str, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.precision.has_bfloat16", lambda device: has)
     seen: list[torch.dtype] = []
@@ -167,7 +168,7 @@ def test_mixed_precision_is_for_training_alone_and_where_the_hardware_has_it(
         return attention(q, *rest, **options)
 
     monkeypatch.setattr("model.hstu.attention", watched)
-    model = ranker(precision="bfloat16", dropout=0.0, input_dropout=0.0)
+    model = ranker(variant=variant, precision="bfloat16", dropout=0.0, input_dropout=0.0)
     trainer = Trainer(model)
     trainer.fit(liking(20), epochs=1)
     assert set(seen) == {torch.bfloat16 if has else torch.float32}
