@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from components.errors import BadInput
 
 Int64s = NDArray[np.int64]
 DURATION_BUCKETS = 32
@@ -20,12 +22,23 @@ def log_bucket(value: NDArray[np.floating], largest: int) -> Int64s:
     return np.where(known > 0, np.minimum(bucket, largest), 0).astype(np.int64)
 
 
+def int64_ids(ids: ArrayLike, what: str) -> Int64s:
+    """Ids as int64. Raises BadInput for numbers that a cast could merge: floats, uint64, objects."""
+    given = np.asarray(ids)
+    if given.size and not np.can_cast(given.dtype, np.int64):
+        raise BadInput(f"{what} are {given.dtype}; item ids are whole numbers of at most 64 bits: give int64")
+    return given.astype(np.int64)
+
+
 class ItemCatalogue:
     """item_id -> (author_id, category, duration bucket). An unknown item has zeros: 'none'."""
 
     def __init__(self, item_id: Int64s, author_id: Int64s, category: Int64s, duration_s: NDArray[np.float32]) -> None:
-        """Arrays of equal length; a later entry replaces an earlier one of the same item."""
-        ids = np.asarray(item_id, dtype=np.int64)
+        """Arrays of equal length; a later entry replaces an earlier one of the same item.
+
+        Raises BadInput for ids that are no int64.
+        """
+        ids = int64_ids(item_id, "items")
         unique, last = np.unique(ids[::-1], return_index=True)
         place = len(ids) - 1 - last
         self.item_id: Int64s = unique

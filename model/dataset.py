@@ -28,11 +28,14 @@ class SequenceDataset:
     def __init__(self, table: pa.Table) -> None:
         """table: rows of the sequence schema, one per user.
 
-        Raises BadInput for a missing or null column, and for a new_from below 0.
+        Raises BadInput for a missing column, for nulls and fractions among whole numbers (in a column of float numbers
+        a null reads as NaN), and for a new_from below 0.
         """
         wanted = ["user_id", "new_from", *EVENT_DTYPES]
         if missing := [name for name in wanted if name not in table.column_names]:
             raise BadInput(f"the sequences lack the columns {', '.join(missing)}; build them with build-sequences")
+        for name in ("user_id", "new_from"):
+            _check_whole(table[name], name)
         self.user_id = table["user_id"].to_numpy().astype(np.int64)
         self.new_from = table["new_from"].to_numpy().astype(np.int64)
         if (self.new_from < 0).any():
@@ -172,8 +175,19 @@ def _lists(column: pa.ChunkedArray, name: str, dtype: np.dtype) -> tuple[NDArray
     offsets = array.offsets.to_numpy().astype(np.int64)
     if not len(offsets):
         offsets = np.zeros(1, dtype=np.int64)
+    if dtype.kind == "i":
+        _check_whole(array.values, name)
     values = array.values.to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(values, dtype=dtype), offsets
+
+
+def _check_whole(column: pa.Array | pa.ChunkedArray, name: str) -> None:
+    """One null would turn the whole column into float64, and merge ids."""
+    if column.null_count or not pa.types.is_signed_integer(column.type):
+        raise BadInput(
+            f"sequence column {name} must hold whole numbers of at most 64 bits and no nulls; "
+            f"it holds {column.type} with {column.null_count} nulls"
+        )
 
 
 def _cut(order: NDArray[np.int64], tokens: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from components.errors import BadInput
 from components.schemas import action_bit
-from model.catalogue import Int64s, ItemCatalogue
+from model.catalogue import Int64s, ItemCatalogue, int64_ids
 from model.embedding import look_up
 from model.hashing import uniform
 from model.heads import make_head
@@ -232,9 +232,6 @@ def _fit_of(name: str, predicted: NDArray[np.float32], seconds: NDArray[np.float
 
 
 def _candidate_ids(candidates: Int64s) -> Int64s:
-    given = np.asarray(candidates)
-    if given.ndim != 1 or not len(given):
+    if np.ndim(candidates) != 1 or not len(candidates):
         raise BadInput("no candidates to score; give a one-dimensional list of item ids")
-    if not np.can_cast(given.dtype, np.int64):  # a cast could merge ids
-        raise BadInput(f"candidates are {given.dtype}; item ids are whole numbers of at most 64 bits: give int64")
-    return given.astype(np.int64)
+    return int64_ids(candidates, "candidates")

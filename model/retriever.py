@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from components.errors import BadInput
 from components.schemas import action_mask
-from model.catalogue import Int64s, ItemCatalogue
+from model.catalogue import Int64s, ItemCatalogue, int64_ids
 from model.dataset import SequenceDataset
 from model.embedding import make_table
 from model.heads import linear
@@ -52,8 +52,11 @@ class Retriever(SequenceModel):
         return linear(config.dim, outputs)
 
     def set_items(self, item_ids: Int64s) -> None:
-        """Set the catalogue of the softmax and of retrieval, when no `allowed` is given: distinct int64 ids."""
-        self.items = np.unique(np.asarray(item_ids, dtype=np.int64))
+        """Set the catalogue of the softmax and of retrieval, when no `allowed` is given: distinct int64 ids.
+
+        Raises BadInput for ids that are no int64.
+        """
+        self.items = np.unique(int64_ids(item_ids, "items"))
 
     def examples(self, dataset: SequenceDataset) -> SequenceDataset:
         """Users, or (setting examples) the requests with a positive."""
@@ -143,13 +146,14 @@ class Retriever(SequenceModel):
     ) -> tuple[Int64s, NDArray[np.float32]]:
         """The k best items: ids [<= k] and cosines [<= k], best first, equal scores by ascending id.
 
-        allowed: the items to choose from (None = `items`); exclude: ids never returned. Raises BadInput for k < 1.
+        allowed: the items to choose from (None = `items`); exclude: ids never returned.
+        Raises BadInput for k < 1, and for ids that are no int64.
         """
         if k < 1:
             raise BadInput(f"k must be at least 1, got {k}")
-        ids = self.items if allowed is None else np.unique(np.asarray(allowed, dtype=np.int64))
+        ids = self.items if allowed is None else np.unique(int64_ids(allowed, "allowed items"))
         if exclude is not None and len(exclude):
-            ids = np.setdiff1d(ids, np.asarray(exclude, dtype=np.int64), assume_unique=False)
+            ids = np.setdiff1d(ids, int64_ids(exclude, "excluded items"), assume_unique=False)
         if not len(ids):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
         vector = self.user_vector(history, request_time_us, page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -150,6 +151,42 @@ def test_events_of_the_far_past_and_future_are_scored(ranker: Ranker) -> None:
 def test_candidates_that_are_no_int64_are_refused_and_not_rounded(ranker: Ranker, candidates: np.ndarray) -> None:
     with pytest.raises(BadInput, match="whole numbers of at most 64 bits"):
         ranker.score(user(1, 5), candidates, START)
+
+
+@pytest.mark.parametrize("ids", [np.array([1.5, 2.0]), np.array([2**64 - 1], np.uint64), np.array(["a"])])
+def test_items_that_are_no_int64_are_refused_and_not_rounded(retriever: Retriever, ids: np.ndarray) -> None:
+    for choose in (
+        lambda: retriever.retrieve(user(1, 5), NOW, allowed=ids),
+        lambda: retriever.retrieve(user(1, 5), NOW, exclude=ids),
+        lambda: retriever.set_items(ids),
+    ):
+        with pytest.raises(BadInput, match="whole numbers of at most 64 bits"):
+            choose()
+    assert len(retriever.retrieve(user(1, 5), NOW, allowed=np.array([]))[0]) == 0
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("user_id", pa.array([2**62 + 1, None])),
+        ("new_from", pa.array([0, None])),
+        ("user_id", pa.array([1.0, 2.0])),
+        ("item_id", pa.array([[2**62 + 1, 7], [None, 6]])),
+        ("item_id", pa.array([[1.5, 7], [1, 6]])),
+        ("item_id", pa.array([[2**64 - 1, 7], [1, 6]], pa.list_(pa.uint64()))),
+    ],
+)
+def test_sequences_with_nulls_or_fractions_among_whole_numbers_are_refused(name: str, value: pa.Array) -> None:
+    rows = table([user(1, 2), user(2, 2)])
+    with pytest.raises(BadInput, match=f"{name} must hold whole numbers of at most 64 bits and no nulls"):
+        SequenceDataset(rows.set_column(rows.column_names.index(name), name, value))
+
+
+def test_a_null_among_float_numbers_is_a_number_that_is_not_known() -> None:
+    rows = table([user(1, 2), user(2, 2)])
+    watch = pa.array([[1.0, None], [2.0, 3.0]], pa.list_(pa.float32()))
+    data = SequenceDataset(rows.set_column(rows.column_names.index("watch_s"), "watch_s", watch))
+    np.testing.assert_array_equal(data.column("watch_s"), np.array([1, np.nan, 2, 3], np.float32))
 
 
 def test_a_first_new_interaction_below_zero_is_refused(ranker: Ranker) -> None:
