@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,14 @@ class ScoreCache:
     """One user's history as the layers hold it. Keep it between requests; it serves one request at a time.
 
     It is checked against the history of each request, so it can be given any history: what it has is used, what is
-    missing is added, and what does not fit is made anew. That the parameters have changed is noticed, too.
+    missing is added, and what does not fit is made anew. That the parameters or the model have changed is noticed, too.
     `reused` and `added` count the history tokens of the last request.
     """
 
     kept: KeyValues | None = None
     columns: Tensor | None = None  # (T, features)
     end: Tensor | None = None  # (T,)
-    parameters: tuple[int, ...] = ()
+    parameters: tuple[object, ...] = ()
     reused: int = 0
     added: int = 0
 
@@ -105,11 +106,15 @@ def _extend(model: SequenceModel, kept: KeyValues, tokens: Tokens, x: Tensor, st
 CHANGES = ("inserted", "updated", "upserted", "erased", "expired", "evicted")
 
 
-def parameter_state(model: SequenceModel) -> tuple[int, ...]:
-    """Changes whenever a parameter or a row of a table, or of a serving copy, changes."""
+def parameter_state(model: SequenceModel) -> tuple[object, ...]:
+    """Of one model on one device; changes whenever a parameter or a row of a table, or of a serving copy, changes.
+
+    Numbers of changes alone would not tell models apart that were made in equally many steps.
+    """
     tables = [m.stats() for m in model.modules() if isinstance(m, EmbeddingTable | ServingTable)]
     counts = (stats.get(name, 0) for stats in tables for name in CHANGES)
-    return (*(parameter._version for parameter in model.parameters()), *counts)
+    where = str(model.norm.weight.device)
+    return (weakref.ref(model), where, *(parameter._version for parameter in model.parameters()), *counts)
 
 
 def _rows(tokens: Tokens, x: Tensor, start: int, stop: int) -> Rows:

@@ -161,6 +161,13 @@ def test_a_cache_made_with_other_parameters_is_not_used() -> None:
     assert cache.added == 0
 
 
+def test_a_cache_made_by_another_model_is_not_used() -> None:
+    one, other, cache, history = small(), small(seed=1), ScoreCache(), user(4, 12, 2)
+    one.score(history, IDS, NOW, cache=cache)
+    np.testing.assert_array_equal(other.score(history, IDS, NOW, cache=cache), other.score(history, IDS, NOW))
+    assert cache.reused == 0 and cache.added > 0
+
+
 def test_the_tokens_of_several_users_cannot_share_a_cache() -> None:
     model = small()
     query = Queries.candidates(IDS, NOW, 0)
@@ -172,7 +179,7 @@ def test_the_tokens_of_several_users_cannot_share_a_cache() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     model, history, cache = small(), user(4, 25, 2), ScoreCache()
-    expected = model.score(history, IDS, NOW)
+    expected = model.score(history, IDS, NOW, cache=cache)
     model.place(torch.device("cuda"))
     for _ in range(2):
         np.testing.assert_allclose(model.score(history, IDS, NOW, cache=cache), expected, atol=1e-5)
