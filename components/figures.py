@@ -16,16 +16,17 @@ Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.i
 
 
 def learning_curve(losses: Sequence[float], title: str) -> Figure:
-    """Training loss by step, with its moving average over a twentieth of the run."""
+    """Training loss by step, with its moving average over a twentieth of the run; without the steps that have none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
-    width = max(1, len(losses) // 20)
+    known = np.flatnonzero(np.isfinite(losses))
+    steps, values = known + 1, np.asarray(losses)[known]
+    axes.plot(steps, values, color="#9ecae1", linewidth=1, label="each step")
+    width = max(1, len(values) // 20)
     if width > 1:
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color="#08519c", linewidth=2, label=f"mean of {width} steps")
         axes.legend()
     axes.set(xlabel="step", ylabel="loss", title=title)

@@ -117,7 +117,9 @@ class ModelConfig(BaseModel):
         default="float32",
         description="Of the HSTU stack while training; bfloat16 (mixed) where the hardware has it, else float32",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the initial weights, dropout and order of batches")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the initial weights, dropout and order of batches"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -27,7 +27,7 @@ ROW_PARTS = ("keys", "weights", "state", "last_update_us", "counts", "candidate_
 
 @dataclass(frozen=True)
 class Step:
-    """Report of one training step. `done` and `total` count batches of this call of fit."""
+    """Report of one training step. `done` and `total` count batches of this call of fit; no targets, no loss (NaN)."""
 
     step: int
     epoch: int
@@ -68,7 +68,7 @@ class Trainer:
         on_step: Callable[[Step], None] | None = None,
         start: int = 0,
     ) -> dict[str, float]:
-        """Train; returns the mean loss of the last epoch, and the counts of steps and targets.
+        """Train; returns the mean loss of what this call did of the last epoch, and the counts of steps and targets.
 
         An event counts towards admission in the first epoch alone, unless each epoch draws other events. At the end
         no table has rows that have outlived its time to live.
@@ -93,7 +93,7 @@ class Trainer:
                 on_step(report)
         for table in self.model.tables().values():
             table.expire_stale()
-        last = [(loss, n) for epoch, loss, n in losses if epoch == plan[-1][0]] if plan else []
+        last = [(loss, n) for epoch, loss, n in losses if n and epoch == plan[-1][0]] if plan else []
         seen = sum(n for _, n in last)
         loss = sum(value * n for value, n in last) / seen if seen else float("nan")
         return {"loss": loss, "steps": float(len(losses)), "targets": float(sum(n for *_, n in losses))}
@@ -137,14 +137,15 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         norm = self._clip(tables)
-        self.optimizer.step()
+        if targets:  # or its moments would move the parameters though nothing was learned
+            self.optimizer.step()
         event_time = int(tokens.query_time.max()) * MICROSECONDS if len(tokens) else 0
         for slot, table in tables.items():
             table.scale_gradients(float(targets))  # a row learns from the sum over its events, whatever the batch
             table.step(self.model.table_lr(slot, continual) * pace, event_time)
         self.step += 1
-        seconds = time.perf_counter() - started
-        return Step(self.step, *place, float(loss.detach()), targets, norm, event_time, len(tokens), seconds)
+        seconds, mean = time.perf_counter() - started, float(loss.detach()) if targets else float("nan")
+        return Step(self.step, *place, mean, targets, norm, event_time, len(tokens), seconds)
 
     def _clip(self, tables: dict[str, EmbeddingTable]) -> float:
         """Scale all gradients, dense and of tables, so that their joint norm is at most clip_norm."""
@@ -166,7 +167,7 @@ class Trainer:
         return norm
 
     def predict(self, dataset: SequenceDataset) -> dict[str, NDArray]:
-        """The model's outputs at every target, concatenated; `user` is the index in the dataset."""
+        """What the model's `evaluate_batch` tells of every target, concatenated; nothing for a dataset without any."""
         self.model.train(False)
         dataset = self.model.examples(dataset)
         parts: list[dict[str, NDArray]] = []

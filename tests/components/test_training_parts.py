@@ -122,6 +122,12 @@ def test_the_learning_curve_shows_each_step_and_the_average() -> None:
     assert len(raw) == 80 and smooth[0] == 1.0 and smooth[-1] == 0.0
 
 
+def test_steps_without_a_loss_leave_no_gap_in_the_learning_curve() -> None:
+    (axes,) = learning_curve([1.0] * 39 + [float("nan")] + [1.0] * 40, "t").axes
+    steps, smooth = np.asarray(axes.lines[0].get_xdata()), np.asarray(axes.lines[1].get_ydata())
+    assert len(steps) == 79 and 40 not in steps and (smooth == 1.0).all()
+
+
 def test_the_speed_of_a_fit_counts_the_tokens_that_went_through_the_model(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

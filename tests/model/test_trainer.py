@@ -225,6 +225,35 @@ def test_measuring_between_steps_changes_nothing_of_what_is_learned(make: Make) 
     assert same(undisturbed.export_state(), measured.export_state())
 
 
+def without_positives(users: list[UserEvents]) -> list[UserEvents]:
+    return [dataclasses.replace(u, actions=np.zeros_like(u.actions)) for u in users]
+
+
+def test_a_batch_without_a_target_moves_no_dense_parameter_and_has_no_loss() -> None:
+    trainer, steps = Trainer(retriever(epochs=1)), list[Step]()
+    trainer.fit(liking(20))
+    before = trainer.dense()
+    window = SequenceDataset(table(without_positives(liking(20).users(range(20)))))
+    result = trainer.fit(window, continual=True, on_step=steps.append)
+    assert same(before, trainer.dense()) and trainer.step > len(steps) > 1
+    assert np.isnan([step.loss for step in steps]).all() and np.isnan(result["loss"]) and result["targets"] == 0
+
+
+def test_the_mean_loss_is_that_of_the_targets_whatever_other_batches_there_are() -> None:
+    users, steps = liking(40).users(range(40)), list[Step]()
+    mixed = SequenceDataset(table(users[:20] + without_positives(users[20:])))  # in event order: the latter come last
+    result = Trainer(retriever()).fit(mixed, continual=True, on_step=steps.append)
+    learned = [(step.loss, step.targets) for step in steps if step.targets]
+    assert 0 < len(learned) < len(steps)
+    assert result["loss"] == pytest.approx(sum(loss * n for loss, n in learned) / result["targets"])
+
+
+def test_a_seed_that_training_cannot_take_is_refused_before_it() -> None:
+    Trainer(ranker(seed=2**32 - 1, epochs=1)).fit(liking(5))
+    with pytest.raises(ValueError, match="seed"):
+        ranker(seed=2**32)
+
+
 def test_a_step_is_limited_by_the_norm_of_all_gradients_together() -> None:
     trainer = Trainer(ranker(clip_norm=1e-3))
     tokens = trainer.model.tokens(liking().users(range(5)))
