@@ -65,7 +65,12 @@ class UserEvents:
         return len(self.item_id)
 
     def take(self, places: Int64s, new_from: int) -> UserEvents:
-        """Some of the interactions (ascending indices), with the action events on them; the auxiliary series stays."""
+        """Some of the interactions (ascending indices), with the action events on them; the auxiliary series stays.
+
+        Raises BadInput as `check_events` does for what does not fit together.
+        """
+        _check_lengths(self)
+        _check_action_of(self.action_of, len(self))
         place = np.full(len(self), -1)
         place[places] = np.arange(len(places))
         of = place[self.action_of]
@@ -122,6 +127,11 @@ class Queries:
 
 
 _SERIES = {"action_of": "action events", "aux_slot": "auxiliary values", "item_id": "interactions"}
+_LEADS = {
+    name: "action_of" if name.startswith("action_") else "aux_slot" if name.startswith("aux_") else "item_id"
+    for name in EVENT_DTYPES
+}
+"""Each array field's series, by the field that says how long it is."""
 _KNOWN_ACTIONS = (1 << len(ACTIONS)) - 1
 
 
@@ -131,14 +141,25 @@ def check_events(users: Sequence[UserEvents], columns: dict[str, NDArray]) -> No
     Raises BadInput for arrays of one series that differ in length, actions on interactions that are not there, and
     bits of unknown actions. Order and ties of timestamps, unknown ids and NaN values are no errors.
     """
-    for name, value in columns.items():
-        lead = "action_of" if name.startswith("action_") else "aux_slot" if name.startswith("aux_") else "item_id"
-        if len(value) != len(columns[lead]):
-            raise BadInput(f"{name} has {len(value)} entries for {len(columns[lead])} {_SERIES[lead]}; give one each")
-    limits = np.repeat([len(u) for u in users], [len(u.action_of) for u in users]) if users else np.zeros(0)
-    of = columns["action_of"]
-    if ((of < 0) | (of >= limits)).any():
-        raise BadInput("action_of points outside the user's interactions; it holds indices from 0 up")
+    for user in users:  # one by one: joined, an entry too few of one would be filled by an entry too many of another
+        _check_lengths(user)
+    counts = np.array([len(u) for u in users], dtype=np.int64)
+    limits = np.repeat(counts, np.array([len(u.action_of) for u in users], dtype=np.int64))
+    _check_action_of(columns["action_of"], limits)
     for name in ("actions", "action_mask"):
         if unknown := int(np.bitwise_or.reduce(columns[name], initial=0)) & ~_KNOWN_ACTIONS:
             raise BadInput(f"{name} has bits of unknown actions ({unknown:#x}); known actions are {', '.join(ACTIONS)}")
+
+
+def _check_lengths(user: UserEvents) -> None:
+    for name, lead in _LEADS.items():
+        count, wanted = len(getattr(user, name)), len(getattr(user, lead))
+        if count != wanted:
+            raise BadInput(
+                f"{name} has {count} entries for {wanted} {_SERIES[lead]} of user {user.user_id}; give one each"
+            )
+
+
+def _check_action_of(of: NDArray[np.int32], limits: Int64s | int) -> None:
+    if ((of < 0) | (of >= limits)).any():
+        raise BadInput("action_of points outside the user's interactions; it holds indices from 0 up")

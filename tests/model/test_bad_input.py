@@ -95,18 +95,29 @@ def test_actions_that_are_not_known_are_refused(field: str) -> None:
         Ranker(RankerConfig(**SMALL), catalogue()).score(strange, IDS, NOW)
 
 
-def test_action_events_on_interactions_that_are_not_there_are_refused() -> None:
-    events = user(1, 12)
-    beyond = dataclasses.replace(events, action_of=events.action_of + 12)
+@pytest.mark.parametrize("off", [-12, 12])
+@pytest.mark.parametrize("settings", [{}, {"variant": "production"}, {"max_interactions": 6}], ids=str)
+def test_action_events_on_interactions_that_are_not_there_are_refused(settings: dict, off: int) -> None:
+    events = user(1, 12, 1)
+    beyond = dataclasses.replace(events, action_of=events.action_of + np.int32(off))
     for people in ([beyond], [beyond, user(2, 40)]):
         with pytest.raises(BadInput, match="action_of"):
-            Ranker(RankerConfig(**SMALL), catalogue()).tokens(people)
+            Trainer(Ranker(RankerConfig(**SMALL, **settings), catalogue())).fit(SequenceDataset(table(people)))
 
 
 def test_arrays_of_different_length_are_refused() -> None:
     with pytest.raises(BadInput, match="page has 11 entries for 12 interactions"):
         events = user(1, 12)
         Ranker(RankerConfig(**SMALL), catalogue()).tokens([dataclasses.replace(events, page=events.page[:11])])
+
+
+def test_times_of_one_user_never_become_those_of_another() -> None:
+    """One user has a time too few, the other one too many: joined, the columns are of equal length."""
+    one, other = user(1, 3), user(2, 2)
+    times = np.concatenate([one.timestamp, other.timestamp])
+    shifted = [dataclasses.replace(one, timestamp=times[:2]), dataclasses.replace(other, timestamp=times[2:])]
+    with pytest.raises(BadInput, match="timestamp has 2 entries for 3 interactions of user 1"):
+        Ranker(RankerConfig(**SMALL), catalogue()).tokens(shifted)
 
 
 def test_ids_never_seen_are_scored_and_learned(ranker: Ranker) -> None:
