@@ -28,6 +28,9 @@ Model = Ranker | Retriever
 RETRY_S = 5.0
 """Seconds between attempts to read a damaged log again."""
 FP16_MAX = 65504.0
+LARGEST_WEIGHT = 1e15
+"""Rows are refused above this: sums of larger weights overflow in the layer norms. That candidate would score NaN, and,
+since attention multiplies what a row does not see by zero, so would the candidates beside it."""
 LISTING_S = 30.0
 """Seconds between searches for gaps in a log."""
 log = logging.getLogger("freshet.serve.sync")
@@ -226,8 +229,8 @@ def _misfit(served: Served, parameters: Parameters) -> str | None:
     for slot, rows in parameters.tables.items():
         if rows.weights.shape[1:] != (tables[slot].dim,):
             return f"rows of slot {slot} are {rows.weights.shape[1]} wide instead of {tables[slot].dim}"
-        if not np.isfinite(rows.weights).all():
-            return f"slot {slot} has weights that are not finite"
+        if not (np.abs(rows.weights) <= LARGEST_WEIGHT).all():
+            return f"slot {slot} has weights that are not finite or above {LARGEST_WEIGHT:g}: scores would overflow"
         if tables[slot].precision == "fp16" and np.abs(rows.weights).max(initial=0) > FP16_MAX:
             return f"slot {slot} has weights above {FP16_MAX}, too large for --table-precision=fp16"
     expected = {name: tuple(value.shape) for name, value in served.model.state_dict().items()}

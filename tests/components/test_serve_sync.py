@@ -89,6 +89,22 @@ def test_erased_rows_are_erased_in_the_server_too(toy_root: Path) -> None:
         assert [known[item] for item in ITEM_IDS[:6]] == [False] * 5 + [True]
 
 
+def test_a_weight_of_which_scores_could_overflow_is_refused(toy_root: Path) -> None:
+    """Overflow would make every score of a request NaN, not only that of its own item."""
+    storage = Storage(f"file://{toy_root}")
+    trainer = Trainer(build("ranker"))
+    bridge.load_into(trainer, LogReader(storage, "ranker", 1).load(with_state=True))
+    since, table = bridge.close_epochs(trainer), trainer.model.tables()["item_bias"]
+    with Live(toy_root) as live:
+        before = live.rank(NEWCOMER, ITEM_IDS)["items"]
+        table.upsert(np.array(ITEM_IDS[:1], np.int64), np.full((1, table.dim), 1e16, np.float32))
+        LogWriter(storage, "ranker", 1).publish_delta(
+            1, bridge.export_changes(trainer, since, 1), windows=[], event_range=None, metrics={}
+        )
+        wait_for(lambda: "slot item_bias has weights" in live.status()["errors"].get("ranker 1", ""), 10)
+        assert live.rank(NEWCOMER, ITEM_IDS)["items"] == before
+
+
 def test_no_request_fails_or_sees_half_a_delta_while_deltas_arrive(toy_root: Path) -> None:
     with Live(toy_root, threads=2) as live:
         by_delta: dict[int, set[tuple[float, ...]]] = {}

@@ -11,6 +11,7 @@ import torch
 
 from components.errors import BadInput
 from components.schemas import ACTIONS
+from components.serve.loaded import LARGEST_WEIGHT
 from model.dataset import SequenceDataset
 from model.inputs import UserEvents
 from model.ranker import Ranker, RankerConfig
@@ -118,6 +119,16 @@ def test_times_of_one_user_never_become_those_of_another() -> None:
     shifted = [dataclasses.replace(one, timestamp=times[:2]), dataclasses.replace(other, timestamp=times[2:])]
     with pytest.raises(BadInput, match="timestamp has 2 entries for 3 interactions of user 1"):
         Ranker(RankerConfig(**SMALL), catalogue()).tokens(shifted)
+
+
+def test_a_row_of_the_largest_weights_that_are_served_changes_no_score_but_its_own(ranker: Ranker) -> None:
+    ids = np.array([101, 102, 103])  # of none of them has the user a history
+    before = ranker.score(user(1, 6, 1), ids, NOW)
+    table = ranker.tables()["item"]
+    table.upsert(ids[1:2], np.full((1, table.dim), LARGEST_WEIGHT, np.float32))
+    after = ranker.score(user(1, 6, 1), ids, NOW)
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert np.isfinite(after).all()
 
 
 def test_ids_never_seen_are_scored_and_learned(ranker: Ranker) -> None:
