@@ -73,8 +73,5 @@ class Window:
     def starting(cls, start: datetime, length: timedelta) -> Window:
         return cls(start, start + length)
 
-    def contains(self, moment: datetime) -> bool:
-        return self.start <= moment < self.end
-
     def overlaps(self, other: Window) -> bool:
         return self.start < other.end and other.start < self.end

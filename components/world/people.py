@@ -9,9 +9,6 @@ from numpy.typing import NDArray
 
 from components.world.config import WorldConfig
 
-ERAS = 2
-"""Before the shift (0) and after it (1)."""
-
 TASTES = 12
 PAGES = 4
 """Pages are numbered 1 .. PAGES; 0 means none."""
@@ -27,7 +24,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Society:
-    """Everything that does not change from day to day; [e] is the era, effects are in log-odds of a click."""
+    """Everything that does not change from day to day. Effects are in log-odds of a click.
+
+    [e] is the era: 0 before the shift, 1 after it.
+    """
 
     interest: Floats  # [e, user, category]: how much the user likes the category
     activity: Floats  # [user]: probability that a request is this user's
