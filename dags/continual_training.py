@@ -10,14 +10,15 @@ changed is published as the next delta of the version's parameter log, which the
 * Windows are learned from in order and once each. After a failed run the DAG pauses itself, because later windows
   would shut the failed one out: repair the cause, clear the failed run, unpause.
 
-`FRESHET_CONTINUAL_CRON`, e.g. `0 * * * *`, runs it on a schedule: each tick takes the window that has just ended.
+`FRESHET_CONTINUAL_CRON`, e.g. `0 * * * *`, runs it on a schedule: each tick takes the window from the tick before
+and joins it once its actions had the **attribution window** to arrive. The first window begins at
+`FRESHET_CONTINUAL_START`, up to which the past is joined. Ticks that pass while the DAG is paused are made up for, in
+order.
 """
 
 from __future__ import annotations
 
-import os
-
-from airflow.sdk import CronPartitionTimetable, Param, PartitionedAtRuntime
+from airflow.sdk import Param
 
 from components.compact.config import CompactConfig
 from components.finetune.config import FinetuneConfig
@@ -25,6 +26,7 @@ from components.join.config import JoinConfig
 from components.sequences.config import SequencesConfig
 from dags.assets import EVENTS, INTERACTIONS, PARAMETERS, WINDOWS
 from dags.launcher import Ref, component_task, form, freshet_dag, from_form, result
+from dags.windows import ready_at, schedule, window_of
 
 MODELS = ("ranker", "retriever")
 WINDOW = {
@@ -40,24 +42,23 @@ SEQUENCES_FORM = form(SequencesConfig, "Sequences", exclude=["mode", "window", "
 FINETUNE_FORM = form(FinetuneConfig, "Learning", exclude=["model", "version", "dataset"])
 COMPACT_FORM = form(CompactConfig, "Compaction", exclude=["model", "version"])
 
-CRON = os.environ.get("FRESHET_CONTINUAL_CRON", "")
-SCHEDULE = (
-    CronPartitionTimetable(CRON, timezone="UTC", run_offset=-1, key_format="%Y%m%dT%H%M%SZ")
-    if CRON
-    else PartitionedAtRuntime()
-)
-
 with freshet_dag(
     "continual_training",
-    schedule=SCHEDULE,
+    **schedule(),
     tags=["training", "gpu", "spark"],
     doc_md=__doc__,
     max_consecutive_failed_dag_runs=1,
     params={**WINDOW, **FINETUNE_FORM, **SEQUENCES_FORM, **JOIN_FORM, **COMPACT_FORM},
+    macros={"window_of": window_of, "ready_at": ready_at},
 ) as dag:
     window = Ref("window_of(dag_run, params)")
     join = component_task(
-        "join", "join", {"window": window, **from_form(JOIN_FORM)}, inlets=[EVENTS], outlets=[INTERACTIONS]
+        "join",
+        "join",
+        {"window": window, **from_form(JOIN_FORM)},
+        not_before="{{ ready_at(dag_run, params) }}",
+        inlets=[EVENTS],
+        outlets=[INTERACTIONS],
     )
     sequences = component_task(
         "sequences",

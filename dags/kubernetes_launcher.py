@@ -19,7 +19,7 @@ from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import models as k8s
 
-from dags.launcher import WRONG_INPUT, stop_if_not_wanted, tell_assets
+from dags.launcher import WRONG_INPUT, stop_if_not_wanted, tell_assets, wait_until
 
 RESULT_PATH = "/airflow/xcom/return.json"
 _CONTEXT = ("dag_id", "task_id", "dag_run_id", "try_number")
@@ -28,11 +28,13 @@ _CONTEXT = ("dag_id", "task_id", "dag_run_id", "try_number")
 class PodStep(KubernetesPodOperator):
     """Runs a step in a pod. `flags` are its arguments; empty ones are left out."""
 
-    template_fields = (*KubernetesPodOperator.template_fields, "flags", "skip_unless")
+    template_fields = (*KubernetesPodOperator.template_fields, "flags", "skip_unless", "not_before")
 
-    def __init__(self, *, step: str, flags: list[str], skip_unless: str = "True", **kwargs: Any) -> None:
+    def __init__(
+        self, *, step: str, flags: list[str], skip_unless: str = "True", not_before: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(cmds=["python", "-m", f"components.{step}"], **kwargs)
-        self.step, self.flags, self.skip_unless = step, flags, skip_unless
+        self.step, self.flags, self.skip_unless, self.not_before = step, flags, skip_unless, not_before
 
     def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> k8s.V1Pod:
         """The pod, with the flags as rendered by now."""
@@ -42,9 +44,14 @@ class PodStep(KubernetesPodOperator):
     def execute(self, context: Context) -> Any:
         """Run the pod and return the step's result."""
         stop_if_not_wanted(self.skip_unless)
+        wait_until(self, self.not_before)
         answer = super().execute(context)
         tell_assets(context, self.outlets, answer or {})
         return answer
+
+    def resume(self, context: Context, event: Any = None) -> Any:
+        """Go on after a wait."""
+        return self.execute(context)
 
     def cleanup(self, pod: k8s.V1Pod, remote_pod: k8s.V1Pod, *args: Any, **kwargs: Any) -> None:
         """As the operator does, but wrong input is a failure that no retry can mend."""

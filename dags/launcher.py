@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,12 @@ from airflow.sdk.execution_time.context import context_to_airflow_vars
 from jinja2 import StrictUndefined
 
 from components.config import StepConfig, form_fields, to_arguments
-from components.errors import BadInput
-from components.windows import Window, parse_time
+from components.windows import parse_time
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG_INPUT = 2
 _FALSE = ("", "0", "False", "None")
 _GRACE_S = 20
-_WINDOW_KEY = re.compile(r"\w+-\w+")
 
 
 class Ref(str):
@@ -58,26 +55,10 @@ def flag(value: Any, name: str) -> str:
     return "".join(to_arguments({name: value}))
 
 
-def window_of(dag_run: Any, params: Mapping[str, Any]) -> str:
-    """The window key of a run: its partition key (a window key, or the start of one), else the form's `window`."""
-    key = getattr(dag_run, "partition_key", None) or params.get("window")
-    if not key:
-        raise AirflowFailException(
-            "this run has no window; trigger it with a partition key, or fill in the form's window, "
-            "like 20220501T000000Z-20220502T000000Z"
-        )
-    try:
-        if _WINDOW_KEY.fullmatch(key):
-            return Window.parse(key).key
-        return Window.starting(parse_time(key), timedelta(hours=params["window_hours"])).key
-    except BadInput as error:
-        raise AirflowFailException(str(error)) from error
-
-
 def freshet_dag(dag_id: str, *, schedule: Any, **settings: Any) -> DAG:
-    """A DAG with the house's defaults: owner, retries, timeouts, and the macros that `component_task` needs.
+    """A DAG with the house's defaults: owner, retries, timeouts, and the filter that `component_task` needs.
 
-    settings: of airflow's DAG; `macros` are functions for its templates besides `window_of`.
+    settings: of airflow's DAG; `macros` are functions for its templates.
     """
     defaults = {
         "owner": "freshet",
@@ -95,7 +76,7 @@ def freshet_dag(dag_id: str, *, schedule: Any, **settings: Any) -> DAG:
         default_args=defaults | settings.pop("default_args", {}),
         template_undefined=StrictUndefined,
         user_defined_filters={"flag": flag},
-        user_defined_macros={"window_of": window_of, **settings.pop("macros", {})},
+        user_defined_macros=settings.pop("macros", {}),
         **settings,
     )
 
@@ -126,6 +107,7 @@ def component_task(
     *,
     gpu: bool = False,
     skip_unless: str = "True",
+    not_before: str = "",
     **settings: Any,
 ) -> BaseOperator:
     """A task that runs `python -m components.<step>` with these arguments.
@@ -133,12 +115,14 @@ def component_task(
     arguments: field -> value, or a `Ref` that is evaluated when the task runs.
     gpu: trains; takes a slot of the pool `gpu`, and on Kubernetes a GPU.
     skip_unless: template; the task is skipped, at almost no cost, when it renders to a false value.
+    not_before: template; the task waits, without holding a worker, until the ISO time that it renders to ('': no wait).
     """
     flags = [
         f"{{{{ ({value}) | flag('{name}') }}}}" if isinstance(value, Ref) else flag(value, name)
         for name, value in arguments.items()
     ]
-    settings = {"task_id": task_id, "step": step, "flags": flags, "skip_unless": skip_unless, **settings}
+    conditions = {"skip_unless": skip_unless, "not_before": not_before}
+    settings = {"task_id": task_id, "step": step, "flags": flags, **conditions, **settings}
     if gpu:
         settings.setdefault("pool", "gpu")
     launcher = os.environ.get("FRESHET_LAUNCHER", "local")
@@ -157,6 +141,16 @@ def stop_if_not_wanted(skip_unless: str) -> None:
         raise AirflowSkipException("nothing to do for this run")
 
 
+def wait_until(task: BaseOperator, not_before: str) -> None:
+    """Leave the worker until the rendered time; the task then goes on in its method `resume`."""
+    if not not_before or (moment := parse_time(not_before)) <= datetime.now(UTC):
+        return
+    from airflow.providers.standard.triggers.temporal import DateTimeTrigger
+
+    task.log.info("waiting until %s", not_before)
+    task.defer(trigger=DateTimeTrigger(moment=moment), method_name="resume")
+
+
 def tell_assets(context: Context, outlets: Sequence[Any], answer: Mapping[str, Any]) -> None:
     """Put the step's result on the events of the assets that the task updates."""
     for outlet in outlets:
@@ -166,17 +160,20 @@ def tell_assets(context: Context, outlets: Sequence[Any], answer: Mapping[str, A
 class LocalStep(BaseOperator):
     """Runs a step as a subprocess in its own process group, without a shell."""
 
-    template_fields: Sequence[str] = ("flags", "skip_unless")
+    template_fields: Sequence[str] = ("flags", "skip_unless", "not_before")
     ui_color = "#e8f4f0"
 
-    def __init__(self, *, step: str, flags: list[str], skip_unless: str = "True", **kwargs: Any) -> None:
+    def __init__(
+        self, *, step: str, flags: list[str], skip_unless: str = "True", not_before: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.step, self.flags, self.skip_unless = step, flags, skip_unless
+        self.step, self.flags, self.skip_unless, self.not_before = step, flags, skip_unless, not_before
         self._process: subprocess.Popen[str] | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the step and return its result; its output goes to the task's log line by line."""
         stop_if_not_wanted(self.skip_unless)
+        wait_until(self, self.not_before)
         command = [sys.executable, "-m", f"components.{self.step}", *filter(None, self.flags)]
         self.log.info("running: %s", shlex.join(command))
         with tempfile.TemporaryDirectory(prefix="freshet-") as folder:
@@ -189,6 +186,10 @@ class LocalStep(BaseOperator):
             answer: dict[str, Any] = json.loads(path.read_text())
         tell_assets(context, self.outlets, answer)
         return answer
+
+    def resume(self, context: Context, event: Any = None) -> dict[str, Any]:
+        """Go on after a wait."""
+        return self.execute(context)
 
     def on_kill(self) -> None:
         """Stop the step and everything that it started."""

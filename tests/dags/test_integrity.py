@@ -157,32 +157,82 @@ def test_windows_are_partition_keys_and_a_failed_one_stops_the_next(bag: dict[st
     dag = bag["dags"]["continual_training"]
     assert (dag["timetable"], dag["max_failed"]) == ("PartitionedAtRuntime", 1)
     source = """
-import pendulum
 from types import SimpleNamespace as run
 from airflow.sdk.exceptions import AirflowFailException
-from dags.launcher import window_of
-import dags.continual_training as file
-from airflow.serialization.encoders import coerce_to_core_timetable
+from dags.windows import window_of
 def key(partition, **params):
     try:
-        return window_of(run(partition_key=partition), {"window": "", "window_hours": 1.0, **params})
+        triggered = run(partition_key=partition, run_type="manual")
+        return window_of(triggered, {"window": "", "window_hours": 1.0, **params})
     except AirflowFailException as error:
         return str(error)
-timetable = coerce_to_core_timetable(file.SCHEDULE)
-tick = timetable.next_dagrun_info_v2(
-    last_dagrun_info=None,
-    restriction=run(earliest=pendulum.datetime(2022, 5, 1, 1), latest=None, catchup=True),
-)
 answer([
     key("20220501T000000Z-20220502T000000Z"), key("20220501T000000Z"), key("2022-05-01T00:00:00", window_hours=24),
     key(None, window="20220501T000000Z-20220502T000000Z"), key("garbage"), key(None),
-    str(tick.run_after), key(tick.partition_key),
 ])
 """
-    whole, hour, day, form, wrong, none, run_after, cron = call(
-        tmp_path, source, {"FRESHET_CONTINUAL_CRON": "0 * * * *"}
-    )
+    whole, hour, day, form, wrong, none = call(tmp_path, source)
     assert whole == day == form == "20220501T000000Z-20220502T000000Z"
     assert hour == "20220501T000000Z-20220501T010000Z"
     assert "not a time" in wrong and "no window" in none
-    assert run_after.startswith("2022-05-01 01:00") and cron == hour, "a tick takes the window that has just ended"
+
+
+ON_SCHEDULE = """
+import pendulum
+from types import SimpleNamespace as some
+import dags.continual_training as file
+from dags.windows import SHIPPING, ready_at, window_of
+from airflow.sdk.api.datamodels._generated import DagRunType
+from airflow.serialization.serialized_objects import DagSerialization
+dag = DagSerialization.from_dict(DagSerialization.to_dict(file.dag))
+form = {name: file.dag.params[name] for name in ("window", "window_hours", "attribution_window_s")}
+def told(tick, kind):
+    run = some(run_type=DagRunType(kind), partition_key=tick.partition_key, run_after=tick.run_after)
+    ready = ready_at(run, form)
+    wait = (pendulum.parse(ready) - SHIPPING - tick.run_after).total_seconds() if ready else None
+    return [window_of(run, form), wait]
+first = dag.next_dagrun_info(last_automated_run_info=None)
+second = dag.next_dagrun_info(last_automated_run_info=first)
+start = pendulum.datetime(2022, 5, 1)
+(backfill,) = dag.timetable.iter_partition_dagrun_infos(earliest=start, latest=start)
+answer({
+    "scheduled": [told(tick, "scheduled") for tick in (first, second)],
+    "backfill": told(backfill, "backfill")[0],
+    "triggered": told(first, "manual")[1],
+})
+"""
+
+
+@pytest.mark.parametrize(
+    ("cron", "first", "second"),
+    [
+        ("0 * * * *", "20220501T000000Z-20220501T010000Z", "20220501T010000Z-20220501T020000Z"),
+        ("*/15 * * * *", "20220501T000000Z-20220501T001500Z", "20220501T001500Z-20220501T003000Z"),
+        ("0 0,18 * * *", "20220501T000000Z-20220501T180000Z", "20220501T180000Z-20220502T000000Z"),
+    ],
+)
+def test_the_ticks_of_a_schedule_share_out_all_time_since_its_start(
+    tmp_path: Path, cron: str, first: str, second: str
+) -> None:
+    """Each window ends where the next begins, and none is left out, however long ago the last tick ran."""
+    settings = {"FRESHET_CONTINUAL_CRON": cron, "FRESHET_CONTINUAL_START": "2022-05-01"}
+    found = call(tmp_path, ON_SCHEDULE, settings)
+    assert [window for window, _ in found["scheduled"]] == [first, second] and found["backfill"] == first
+    assert [wait for _, wait in found["scheduled"]] == [3600, 3600], "actions have the attribution window to arrive"
+    assert found["triggered"] is None, "whoever triggers a run does not wait"
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [("", "FRESHET_CONTINUAL_START is not; set it"), ("2022-05-01T00:30Z", "no tick of '0 * * * *'; set it")],
+)
+def test_a_schedule_says_where_its_first_window_begins(tmp_path: Path, start: str, message: str) -> None:
+    source = """
+from dags.windows import schedule
+try:
+    schedule()
+except ValueError as error:
+    answer(str(error))
+"""
+    settings = {"FRESHET_CONTINUAL_CRON": "0 * * * *", "FRESHET_CONTINUAL_START": start}
+    assert message in call(tmp_path, source, settings)

@@ -15,7 +15,7 @@ from tests.dags.airflow_process import call
 LOCAL = """
 import os, threading, time
 from pathlib import Path
-from airflow.sdk.exceptions import AirflowException
+from airflow.sdk.exceptions import AirflowException, TaskDeferred
 from dags.launcher import LocalStep, component_task
 def execute(step, *flags, **settings):
     task = settings.pop("task", None) or LocalStep(task_id="t", step=step, flags=list(flags), **settings)
@@ -23,6 +23,16 @@ def execute(step, *flags, **settings):
         return ["done", task.execute({"outlet_events": {}})]
     except AirflowException as error:
         return [type(error).__name__, str(error)]
+def waits(moment):
+    task = LocalStep(task_id="t", step="rollout", flags=[], not_before=moment)
+    try:
+        task.execute({"outlet_events": {}})
+    except TaskDeferred as wait:
+        return [wait.method_name, wait.trigger.moment.isoformat()]
+def resumed():
+    flags = ["--action=status", "--server-url=none"]
+    task = LocalStep(task_id="t", step="rollout", flags=flags, not_before="2022-05-01T00:00:00Z")
+    return task.resume_execution("resume", {"event": None}, {"outlet_events": {}})
 def refusal(launcher):
     os.environ["FRESHET_LAUNCHER"] = launcher
     try:
@@ -48,12 +58,15 @@ answer({
     "crash": execute("no_such_step"),
     "skipped": execute("rollout", skip_unless="None"),
     "killed": killed(),
+    "waits": waits("2999-01-01T00:00:00+00:00"),
+    "resumed": resumed(),
     "unknown launcher": refusal("docker"),
     "no image": refusal("kubernetes"),
 })
 """
 
 KUBERNETES = """
+from airflow.sdk.exceptions import TaskDeferred
 from dags import pretrain, rollout, continual_training
 from dags.kubernetes_launcher import PodStep
 def pod_of(task, flags):
@@ -69,6 +82,11 @@ def finished(code):
     return k8s.V1Pod(metadata=k8s.V1ObjectMeta(name="p", namespace="freshet"),
                      spec=k8s.V1PodSpec(containers=[k8s.V1Container(name="base")]),
                      status=k8s.V1PodStatus(phase="Failed", container_statuses=[status]))
+waiting = PodStep(task_id="w", step="join", flags=[], not_before="2999-01-01T00:00:00+00:00")
+try:
+    waiting.execute({})
+except TaskDeferred as wait:
+    waits = wait.method_name
 light.process_pod_deletion = light.patch_already_checked = lambda *a, **k: None
 light.is_istio_enabled = lambda pod: False
 kinds = {}
@@ -82,7 +100,7 @@ answer({
     "light": pod_of(light, ["--action=start"]),
     "pool": training.pool, "xcom": training.do_xcom_push, "templated": list(training.template_fields),
     "kinds": sorted({type(t).__name__ for t in continual_training.dag.tasks}),
-    "failures": kinds,
+    "failures": kinds, "waits": waits, "join": continual_training.dag.get_task("join").not_before,
 })
 """
 ON_KUBERNETES = {
@@ -121,6 +139,11 @@ def test_a_step_without_work_is_skipped(local: dict[str, Any]) -> None:
     assert local["skipped"][0] == "AirflowSkipException"
 
 
+def test_a_step_waits_for_its_time_without_a_process_and_then_goes_on(local: dict[str, Any]) -> None:
+    assert local["waits"] == ["resume", "2999-01-01T00:00:00+00:00"]
+    assert local["resumed"]["champion"] is None, "the step itself has run"
+
+
 def test_killing_a_local_step_stops_what_it_started(local: dict[str, Any]) -> None:
     pid, kind, message = local["killed"]
     assert kind == "AirflowException" and f"exit code {-signal.SIGTERM}" in message
@@ -156,10 +179,15 @@ def test_a_step_becomes_a_pod_with_image_resources_secrets_and_result(pods: dict
     assert sources == ["freshet", "freshet"]
     assert sidecar["name"] == "airflow-xcom-sidecar" and pods["xcom"] is True
     assert training["metadata"]["namespace"] == "freshet" and pods["pool"] == "gpu"
-    assert {"flags", "skip_unless", "env_vars"} <= set(pods["templated"])
+    assert {"flags", "skip_unless", "not_before", "env_vars"} <= set(pods["templated"])
     light = pods["light"]["spec"]["containers"][0]
     assert "nvidia.com/gpu" not in light["resources"]["limits"]
     assert pods["kinds"] == ["PodStep"]
+
+
+def test_a_pod_is_not_started_before_its_time(pods: dict[str, Any]) -> None:
+    assert pods["waits"] == "resume"
+    assert "ready_at" in pods["join"], "the join of a scheduled window has to wait"
 
 
 def test_a_pod_that_refuses_its_input_is_not_retried(pods: dict[str, Any]) -> None:
