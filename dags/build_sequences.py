@@ -4,6 +4,7 @@ Joins a long stretch of the event log to interactions and builds the sequences t
 
 * **Join from** and **Join until** name the stretch, e.g. the history before the continual windows begin. Left empty,
   nothing is joined and the sequences are built from what the continual windows have joined already.
+  Actions count for an hour (**attribution_window_s**): a stretch that ended less long ago is refused without **early**.
 * **Split**: users' interactions before it are learned from, those after it measure the model.
 
 Running it again with the same settings changes nothing. Produces the asset `sequences`, whose newest event tells

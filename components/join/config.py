@@ -14,6 +14,10 @@ class JoinConfig(StepConfig):
     attribution_window_s: int = Field(
         3600, ge=1, le=30 * 86400, description="an action counts for its impression for this long (seconds)"
     )
+    early: bool = Field(
+        False,
+        description="join although actions for the window's impressions may still come; those will be quarantined",
+    )
     max_lateness_s: int = Field(
         3600, ge=0, le=30 * 86400, description="impressions may arrive this long after their window (seconds)"
     )

@@ -6,7 +6,8 @@ Writes  interactions/window=<window>/ (manifest last), quarantine/join/<window>.
 Every event ends in one place: an interaction, the quarantine (with a reason), or pending until a later window.
 Impressions that arrive after their own window was joined are emitted by the next window, marked late, if they are not
 later than --max-lateness-s. A finished window is never joined again: the published result is returned.
-Join windows in the order of time, one at a time, once their actions had --attribution-window-s to arrive.
+Join windows in the order of time, one at a time, once their actions had --attribution-window-s to arrive;
+before that, a window is refused without --early.
 
 example:
   python -m components.join --window=20220501T000000Z-20220502T000000Z --attribution-window-s=3600
@@ -14,7 +15,7 @@ example:
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ class JoinResult(BaseModel):
 
 
 def run(config: JoinConfig) -> JoinResult:
-    """Join one window. BadInput: no impressions, broken log files, an overlapping window, or failed quality checks."""
+    """Join one window. BadInput: too early, no impressions, broken log files, an overlapping window, failed checks."""
     storage = Storage(config.root)
     window = Window.parse(config.window)
     folder = f"{FOLDER}/window={window.key}"
@@ -75,6 +76,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
 
     joined_before = published(storage)
     _refuse_overlap(window, joined_before)
+    _refuse_early(config, window)
     rules = Rules(window, config.attribution_window_s, config.max_lateness_s, config.memory_s, joined_before)
     earlier = [manifest_of(storage, w) for w in rules.remembered]
     impressions, actions, rows = _inputs(storage, rules, earlier)
@@ -117,6 +119,16 @@ def _refuse_overlap(window: Window, others: list[Window]) -> None:
                 f"window {window.key} overlaps {other.key}, which is already joined; "
                 "choose a window that begins at its end or ends at its start"
             )
+
+
+def _refuse_early(config: JoinConfig, window: Window) -> None:
+    """A joined window takes no actions any more: those that come later are lost, their impressions negatives."""
+    ready = window.end + timedelta(seconds=config.attribution_window_s)
+    if not config.early and datetime.now(UTC) < ready:
+        raise BadInput(
+            f"actions for the impressions of window {window.key} count until {ready:%Y-%m-%dT%H:%M:%SZ}; "
+            "join it after that, or with --early, without those that are still to come"
+        )
 
 
 def _inputs(storage: Storage, rules: Rules, earlier: list[Manifest]) -> tuple[list[str], list[str], int]:

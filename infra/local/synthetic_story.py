@@ -84,7 +84,8 @@ class SyntheticStory(Story):
         self.begin = whole_second()
         join = {"join_from": (self.begin - timedelta(days=30)).isoformat(), "join_until": self.begin.isoformat()}
         split = {"split": (self.history_end - timedelta(hours=12)).isoformat()}
-        self.run_dag("build_sequences", {**join, **split}, "build_sequences (the whole past)")
+        # The past's last hour waits for no more actions: the live windows begin now.
+        self.run_dag("build_sequences", {**join, **split, "early": True}, "build_sequences (the whole past)")
         self.wait(self.roll_out({}, "pretrain (ranker and retriever)"), "rollout (first release)")
         self.wait_until_ready()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,18 @@ def test_a_window_without_impressions_is_refused(storage: Storage) -> None:
     write(storage, "actions", [action(1, 5, 11)])
     with pytest.raises(BadInput, match=r"no impressions .* ingest them first"):
         join(storage, HOURS[0])
+
+
+def test_a_window_whose_actions_may_still_come_is_joined_only_when_that_is_meant(storage: Storage) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    ended = Window(now - timedelta(hours=1), now)
+    write(storage, "actions", [action(1, 5, 11)])
+    with pytest.raises(BadInput, match=r"count until .* join it after that, or with --early"):
+        join(storage, ended)
+    with pytest.raises(BadInput, match="no impressions"):
+        join(storage, ended, early=True)
+    with pytest.raises(BadInput, match="no impressions"):
+        join(storage, Window(ended.start, ended.end - timedelta(seconds=901)))
 
 
 def test_the_command_line_refuses_a_wrong_window_with_exit_code_2(
