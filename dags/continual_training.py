@@ -6,7 +6,8 @@ changed is published as the next delta of the version's parameter log, which the
 * The window is the run's **partition key**: a window key like `20220501T000000Z-20220502T000000Z`, or just its start,
   with the length from the form. A run without a partition key takes the form's **Window**.
 * Before a version learns from a window, it is measured on it (prequential), beside the version as it was pretrained.
-* Champion and, during a rollout, challenger learn, each on its own log.
+* Champion and, during a rollout, challenger learn, each on its own log. One that lacks earlier windows, because it was
+  pretrained meanwhile or comes back by a rollback, learns from those first.
 * Windows are learned from in order and once each. After a failed run the DAG pauses itself, because later windows
   would shut the failed one out: repair the cause, clear the failed run, unpause.
 

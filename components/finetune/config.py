@@ -15,6 +15,11 @@ class FinetuneConfig(TrackedConfig):
     model: Literal["ranker", "retriever"] = Field(default="ranker", description="which model learns")
     version: int | None = Field(default=None, ge=1, description="version that learns; empty: the champion")
     dataset: str = Field(default="", description="id of the window's sequence dataset")
+    skip_gap: bool = Field(
+        default=False,
+        description="leave out joined windows before this one that the version has not learned from, for good;"
+        " off: learn from them first",
+    )
     compare_frozen: bool = Field(
         default=True, description="also measure the version as it was pretrained on the same events"
     )

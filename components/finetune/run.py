@@ -6,7 +6,8 @@ changed rows, the dense parameters and the metrics as delta n + 1. Servers that 
 
 Each window is learned from exactly once: run again, the step returns the delta that exists; killed at any moment and
 run again, it ends with the same bits. A window without events still makes a delta, which marks it as consumed. A
-window that begins before the end of the newest consumed one is refused.
+window that begins before the end of the newest consumed one is refused. Joined windows that lie between are learned
+from first, in order, each as a delta of its own (--skip-gap leaves them out for good).
 
 example:
   python -m components.finetune --model ranker --dataset window-20220501T000000Z-20220502T000000Z
@@ -21,6 +22,7 @@ from pydantic import BaseModel, Field
 from components import sequence_data
 from components.errors import BadInput
 from components.finetune.config import FinetuneConfig
+from components.finetune.gap import datasets_before
 from components.manifests import Manifest
 from components.parameters.log import LogManifest
 from components.parameters.reader import LogReader
@@ -54,9 +56,8 @@ class FinetuneResult(BaseModel):
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
-    """Learn from the window, or return the delta that already did."""
+    """Learn from the window, and from joined ones that the version lacks before it; or return the delta that did."""
     from components.registry import Registry
-    from components.tracking import Tracker
 
     if not config.dataset:
         raise BadInput("no dataset given; pass --dataset with the id of the window's sequence dataset")
@@ -69,12 +70,25 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     done = _consumed(reader, head, dataset)
     if done is None:
         _refuse_overlap(reader, head, dataset)
+        if head > 0:
+            _settle(config, registry, reader.manifest(head))  # its process may have died when it had just published
+        for earlier in [] if config.skip_gap else datasets_before(storage, reader, head, dataset):
+            done = _learn(config, storage, registry, earlier, version, head)
+            _settle(config, registry, done)
+            head = done.n
         done = _learn(config, storage, registry, dataset, version, head)
-    window = ",".join(done.windows)
-    Tracker(config.tracking_uri).finish(done.run_id, delta=done.n)
-    if done.n >= head:
-        registry.note_delta(config.model, version, done.n, window)
+        head = done.n
+    _settle(config, registry, done, newest=done.n == head)
     return FinetuneResult(**done.model_dump(include=set(FinetuneResult.model_fields)))
+
+
+def _settle(config: FinetuneConfig, registry: Registry, done: LogManifest, newest: bool = True) -> None:
+    """Say in MLflow what was published."""
+    from components.tracking import Tracker
+
+    Tracker(config.tracking_uri).finish(done.run_id, delta=done.n)
+    if newest:
+        registry.note_delta(config.model, done.version, done.n, ",".join(done.windows))
 
 
 def _consumed(reader: LogReader, head: int, dataset: Manifest) -> LogManifest | None:

@@ -42,10 +42,10 @@ def write_history(root: str, users: int = 30) -> str:
     return _write(storage, "history", [HISTORY.key], {"train": train, "eval": seen})
 
 
-def write_day(root: str, number: int, users: int = 30) -> str:
+def write_day(root: str, number: int, users: int = 30, dataset: str = "") -> str:
     """The dataset of one day's window, with context before it; users=0: nothing happened. Returns its id."""
     rows = [_user(u, day(number), events=5, context=4, seed=number) for u in range(users)]
-    return _write(Storage(root), f"day-{number}", [day(number).key], {"train": rows})
+    return _write(Storage(root), dataset or f"day-{number}", [day(number).key], {"train": rows})
 
 
 def _write(storage: Storage, dataset: str, windows: list[str], parts: dict[str, list[dict[str, object]]]) -> str:

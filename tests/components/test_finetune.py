@@ -21,8 +21,9 @@ from components.registry import Registry
 from components.storage import LocalFiles, Storage
 from tests.components.death import Killed, die
 from tests.components.parameter_world import identical
-from tests.components.sequence_world import day, write_day
+from tests.components.sequence_world import HISTORY, day, write_day
 from tests.components.steps import published_version
+from tests.spark_jobs.log import publish_interactions
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,57 @@ def test_a_window_that_was_learned_in_part_is_refused(where: dict[str, Any]) -> 
     with pytest.raises(BadInput, match=r"begins before 2022-05-05T00:00:00.000000Z, up to which ranker 1 has learned"):
         learn(where, 1)
     assert reader_of(where).head() == 1
+
+
+def join_days(where: dict[str, Any], joined: list[int], with_sequences: list[int]) -> None:
+    """What join and sequences leave of these days: manifests, and datasets under the names that they give."""
+    storage = Storage(where["root"])
+    for number in joined:
+        publish_interactions(storage, day(number), [])
+    for number in with_sequences:
+        write_day(where["root"], number, dataset=f"window-{day(number).key}-0123456789ab")
+
+
+def test_joined_windows_that_the_version_lacks_are_learned_from_first(where: dict[str, Any]) -> None:
+    publish_interactions(Storage(where["root"]), HISTORY, [])
+    join_days(where, joined=[1, 2, 3, 4], with_sequences=[1, 2])
+    result = learn(where, 3)
+    assert result.n == 3 and result.windows == [day(3).key]
+    manifests = [reader_of(where).manifest(n) for n in (1, 2, 3)]
+    assert [m.windows for m in manifests] == [[day(n).key] for n in (1, 2, 3)]
+    assert Registry(where["tracking_uri"]).saw("ranker", day(2).key) == [1]
+    assert Registry(where["tracking_uri"]).client.get_model_version("ranker", "1").tags["freshet.head"] == "3"
+    assert learn(where, 3) == result and learn(where, 4).n == 4
+
+
+def test_windows_learned_from_late_or_in_time_give_the_same_bits(where: dict[str, Any], tmp_path: Path) -> None:
+    join_days(where, joined=[1, 2], with_sequences=[1])
+    shutil.copytree(tmp_path / "store", tmp_path / "in-time")
+    in_time = {**where, "root": f"file://{tmp_path}/in-time"}
+    for number in (1, 2):
+        learn(in_time, number)
+    learn(where, 2)
+    assert identical(reader_of(where).load(with_state=True), reader_of(in_time).load(with_state=True))
+
+
+def test_a_joined_window_without_sequences_is_not_left_out_unless_that_is_meant(where: dict[str, Any]) -> None:
+    join_days(where, joined=[1, 2, 3], with_sequences=[2])
+    with pytest.raises(BadInput, match=rf"has not learned from {day(1).key}, joined before .* --skip-gap"):
+        learn(where, 3)
+    assert reader_of(where).head() == 0
+    assert learn(where, 3, skip_gap=True).n == 1
+
+
+def test_killed_while_it_makes_up_for_windows_it_goes_on_where_it_was(
+    where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_days(where, joined=[1, 2], with_sequences=[1])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die(patch, LocalFiles, "create", 2, True)  # the first is the dataset's manifest, the second delta 1
+        learn(where, 2)
+    assert reader_of(where).head() == 1
+    assert learn(where, 2).n == 2
+    assert Registry(where["tracking_uri"]).saw("ranker", day(1).key) == [1]
 
 
 def test_the_history_that_the_version_was_pretrained_on_is_refused(where: dict[str, Any]) -> None:
