@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from infra.images.spark_s3 import SDK, connector, install
+
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
+DOCKERFILE = INFRA / "images" / "Dockerfile"
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,69 @@ def test_components_that_are_started_exist(compose: dict[str, Any]) -> None:
 
 
 def test_the_image_copies_folders_that_exist() -> None:
-    copied = re.findall(r"^COPY (?!--from)(\S+)", (INFRA / "images" / "Dockerfile").read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(\S+)", DOCKERFILE.read_text(), re.MULTILINE)
     assert copied and all((ROOT / path).exists() for path in copied)
+
+
+def test_the_image_runs_as_a_number_because_pods_must_not_run_as_root() -> None:
+    dockerfile = DOCKERFILE.read_text()
+    (user,) = re.findall(r"^USER (\S+)$", dockerfile, re.MULTILINE)
+    assert user.isdigit() and user != "0" and f"--uid {user}" in dockerfile
+
+
+def test_the_image_has_the_folders_of_its_volumes_and_their_owner_is_its_user(compose: dict[str, Any]) -> None:
+    """A new named volume takes content and owner from the image; where the image has no such folder, it is root's."""
+    mounted = [v.split(":")[1] for s in compose["services"].values() for v in s.get("volumes", []) if "/freshet" in v]
+    made = re.findall(r"^RUN install -d -o freshet -g freshet (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert mounted and set(mounted) <= set(made)
+
+
+def test_the_image_gets_sparks_s3_connector_because_both_deployments_keep_all_on_s3(compose: dict[str, Any]) -> None:
+    config = yaml.safe_load((INFRA / "kubernetes" / "environment.yaml").read_text())
+    assert config["data"]["FRESHET_ROOT"].startswith("s3://")
+    assert compose["x-freshet"]["environment"]["FRESHET_ROOT"].startswith("s3://")
+    build = DOCKERFILE.read_text().split("\nFROM ")[1]
+    assert "COPY infra/images/spark_s3.py" in build and "RUN /opt/venv/bin/python infra/images/spark_s3.py" in build
+
+
+def test_the_connector_is_of_the_version_of_sparks_hadoop() -> None:
+    import pyspark
+
+    jars = Path(pyspark.__path__[0]) / "jars"
+    version = connector(jars).removeprefix("org.apache.hadoop:hadoop-aws:")
+    assert (jars / f"hadoop-client-runtime-{version}.jar").is_file()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("complete", [True, False])
+def test_packages_come_with_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool) -> None:
+    import pyspark
+
+    _publish(tmp_path / "maven", "connector", "connector.class", needs="sdk")
+    _publish(tmp_path / "maven", "sdk", SDK if complete else "other.class")
+    monkeypatch.setenv("DEFAULT_ARTIFACT_REPOSITORY", f"file://{tmp_path}/maven")
+    target = tmp_path / "jars"
+    target.mkdir()
+    spark = Path(pyspark.__path__[0])
+    if complete:
+        install("example.freshet:connector:1", spark, target)
+        names = {f"example.freshet_{name}-1.jar" for name in ("connector", "sdk")}
+        assert {path.name for path in target.iterdir()} == names
+    else:
+        with pytest.raises(SystemExit, match="brings no AWS SDK; name it"):
+            install("example.freshet:connector:1", spark, target)
+
+
+def _publish(repository: Path, name: str, content: str, needs: str = "") -> None:
+    """A Maven package with one file in its jar."""
+    folder = repository / "example" / "freshet" / name / "1"
+    folder.mkdir(parents=True)
+    own = "<groupId>example.freshet</groupId><artifactId>{}</artifactId><version>1</version>"
+    other = f"<dependencies><dependency>{own.format(needs)}</dependency></dependencies>" if needs else ""
+    pom = f"<project><modelVersion>4.0.0</modelVersion>{own.format(name)}{other}</project>"
+    (folder / f"{name}-1.pom").write_text(pom)
+    with zipfile.ZipFile(folder / f"{name}-1.jar", "w") as jar:
+        jar.writestr(content, b"")
 
 
 def test_the_kustomization_names_its_files() -> None:
