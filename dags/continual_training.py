@@ -69,7 +69,7 @@ with freshet_dag(
         outlets=[WINDOWS],
     )
     versions = component_task("versions", "rollout", {"action": "status", "server_url": "none"})
-    join >> sequences
+    join >> [sequences, versions]  # as they are when the join has waited, not before
     for model in MODELS:
         for arm, name in (("champion", f"finetune_{model}"), ("challenger", f"finetune_challenger_{model}")):
             version = Ref(f"(ti.xcom_pull(task_ids='versions')['{arm}'] or {{}}).get('{model}')")

@@ -77,7 +77,7 @@ def test_wrong_input_fails_a_run_without_retries(runs: dict[str, Any]) -> None:
     state, tasks = runs["no events"]
     assert state == "failed"
     assert tasks["join"] == ["failed", 1], "there are no events: no retry mends that"
-    assert (tasks["versions"][0], tasks["finetune_ranker"][0]) == ("success", "upstream_failed")
+    assert tasks["versions"][0] == tasks["finetune_ranker"][0] == "upstream_failed"
 
 
 def test_pretraining_hands_its_release_to_the_rollout_unless_told_not_to(runs: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ WIRING = {
         "roll_out": [],
     },
     "continual_training": {
-        "join": ["sequences"],
+        "join": ["sequences", "versions"],
         "sequences": [
             "finetune_challenger_ranker",
             "finetune_challenger_retriever",
