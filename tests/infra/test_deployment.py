@@ -35,6 +35,12 @@ def test_every_secret_comes_from_the_environment_and_is_documented() -> None:
     assert all(name in (INFRA / "README.md").read_text() for name in required)
 
 
+def test_a_schedule_given_to_compose_reaches_airflow(compose: dict[str, Any]) -> None:
+    for name in ("FRESHET_CONTINUAL_CRON", "FRESHET_CONTINUAL_START"):
+        assert name in (ROOT / "dags" / "windows.py").read_text() and name in (INFRA / "README.md").read_text()
+        assert compose["x-freshet"]["environment"][name] == f"${{{name}:-}}", "empty: no schedule"
+
+
 def test_services_wait_for_services_that_exist(compose: dict[str, Any]) -> None:
     for service in compose["services"].values():
         assert set(service.get("depends_on", {})) <= compose["services"].keys()
