@@ -14,7 +14,7 @@ changed is published as the next delta of the version's parameter log, which the
 `FRESHET_CONTINUAL_CRON`, e.g. `0 * * * *`, runs it on a schedule: each tick takes the window from the tick before
 and joins it once its actions had the **attribution window** to arrive. The first window begins at
 `FRESHET_CONTINUAL_START`, up to which the past is joined. Ticks that pass while the DAG is paused are made up for, in
-order.
+order; a window in which nothing happened is passed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from components.join.config import JoinConfig
 from components.sequences.config import SequencesConfig
 from dags.assets import EVENTS, INTERACTIONS, PARAMETERS, WINDOWS
 from dags.launcher import Ref, component_task, form, freshet_dag, from_form, result
-from dags.windows import ready_at, schedule, window_of
+from dags.windows import by_schedule, ready_at, schedule, window_of
 
 MODELS = ("ranker", "retriever")
 WINDOW = {
@@ -50,13 +50,13 @@ with freshet_dag(
     doc_md=__doc__,
     max_consecutive_failed_dag_runs=1,
     params={**WINDOW, **FINETUNE_FORM, **SEQUENCES_FORM, **JOIN_FORM, **COMPACT_FORM},
-    macros={"window_of": window_of, "ready_at": ready_at},
+    macros={"window_of": window_of, "ready_at": ready_at, "by_schedule": by_schedule},
 ) as dag:
     window = Ref("window_of(dag_run, params)")
     join = component_task(
         "join",
         "join",
-        {"window": window, **from_form(JOIN_FORM)},
+        {"window": window, **from_form(JOIN_FORM), "allow_empty": Ref("params.allow_empty or by_schedule(dag_run)")},
         not_before="{{ ready_at(dag_run, params) }}",
         inlets=[EVENTS],
         outlets=[INTERACTIONS],

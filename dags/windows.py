@@ -59,7 +59,7 @@ def window_of(dag_run: Any, params: Mapping[str, Any]) -> str:
         if _WINDOW_KEY.fullmatch(key):
             return Window.parse(key).key
         start = parse_time(key)
-        if dag_run.run_type not in _BY_SCHEDULE:
+        if not by_schedule(dag_run):
             return Window.starting(start, timedelta(hours=params["window_hours"])).key
         # A backfill says where its windows begin only: its runs are due at that moment.
         return Window(start, dag_run.run_after if dag_run.run_after > start else _tick_after(start)).key
@@ -67,12 +67,17 @@ def window_of(dag_run: Any, params: Mapping[str, Any]) -> str:
         raise AirflowFailException(str(error)) from error
 
 
+def by_schedule(dag_run: Any) -> bool:
+    """Whether the cron, not a person, has chosen the run's window: nothing may have happened in it."""
+    return dag_run.run_type in _BY_SCHEDULE
+
+
 def ready_at(dag_run: Any, params: Mapping[str, Any]) -> str:
     """When all actions of the window of a run of the schedule are in the event log, as ISO time.
 
     '' (at once) for a run that somebody triggered.
     """
-    if dag_run.run_type not in _BY_SCHEDULE:
+    if not by_schedule(dag_run):
         return ""
     attribution = timedelta(seconds=params["attribution_window_s"])
     return (Window.parse(window_of(dag_run, params)).end + attribution + SHIPPING).isoformat()

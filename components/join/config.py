@@ -18,6 +18,9 @@ class JoinConfig(StepConfig):
         False,
         description="join although actions for the window's impressions may still come; those will be quarantined",
     )
+    allow_empty: bool = Field(
+        False, description="join a window without impressions, too, as one in which nothing happened"
+    )
     max_lateness_s: int = Field(
         3600, ge=0, le=30 * 86400, description="impressions may arrive this long after their window (seconds)"
     )

@@ -79,7 +79,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
     _refuse_early(config, window)
     rules = Rules(window, config.attribution_window_s, config.max_lateness_s, config.memory_s, joined_before)
     earlier = [manifest_of(storage, w) for w in rules.remembered]
-    impressions, actions, rows = _inputs(storage, rules, earlier)
+    impressions, actions, rows = _inputs(config, storage, rules, earlier)
     spark = session(config.spark, config.root)
     tune(spark, rows)
     before = [path for m in earlier for path in m.files["data"]]
@@ -131,7 +131,9 @@ def _refuse_early(config: JoinConfig, window: Window) -> None:
         )
 
 
-def _inputs(storage: Storage, rules: Rules, earlier: list[Manifest]) -> tuple[list[str], list[str], int]:
+def _inputs(
+    config: JoinConfig, storage: Storage, rules: Rules, earlier: list[Manifest]
+) -> tuple[list[str], list[str], int]:
     """The log files to read, checked, and their rows: the window's hours, and older files that no join has settled."""
     start, end = rules.window.start, rules.window.end
     attribution, lateness = timedelta(seconds=rules.attribution_window_s), timedelta(seconds=rules.max_lateness_s)
@@ -143,10 +145,10 @@ def _inputs(storage: Storage, rules: Rules, earlier: list[Manifest]) -> tuple[li
     since = min([start - lateness, *map(event_log.hour_of, actions)]) - attribution
     impressions = event_log.files_between(storage, "impressions", since, end)
     impressions += _unsettled(storage, "impressions", oldest, start, timedelta(0), earlier)
-    if not impressions:
+    if not impressions and not config.allow_empty:
         raise BadInput(
             f"no impressions up to {end:%Y-%m-%d %H:%M:%S} in {storage.url('events/impressions')}; "
-            "ingest them first, or choose a window that has some"
+            "ingest them first, choose a window that has some, or pass --allow-empty"
         )
     impressions, actions = sorted(set(impressions)), sorted(set(actions))
     rows = event_log.check_files(storage, impressions, IMPRESSIONS)
@@ -174,10 +176,13 @@ def _unsettled(
 
 def _check(config: JoinConfig, storage: Storage, found: dict[str, int], earlier: list[Manifest]) -> None:
     """Write the quality report; BadInput when the window has no impressions or a check fails."""
-    if not found["interactions"]:
-        raise BadInput(f"no impressions in window {config.window}; ingest them first, or choose a window that has some")
+    if not found["interactions"] and not config.allow_empty:
+        raise BadInput(
+            f"no impressions in window {config.window}; ingest them first, choose a window that has some, "
+            "or pass --allow-empty"
+        )
     start = Window.parse(config.window).start
-    past = [m for m in earlier if Window.parse(m.name).end <= start]
+    past = [m for m in earlier if Window.parse(m.name).end <= start and m.counts["interactions"]]
     previous = (past[-1].name, past[-1].counts) if past else None
     limits = quality.Limits(
         max_quarantine_share=config.max_quarantine_share,

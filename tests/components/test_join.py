@@ -17,10 +17,13 @@ from components.join import run as step
 from components.join.config import JoinConfig
 from components.manifests import read_part
 from components.schemas import INTERACTIONS, action_mask
+from components.sequences import run as sequences
+from components.sequences.config import SequencesConfig
 from components.storage import Storage
 from components.windows import Window
 from tests.spark_jobs.log import (
     HOURS,
+    MASTER,
     MINUTE,
     TEN,
     action,
@@ -190,6 +193,18 @@ def test_a_window_without_impressions_is_refused(storage: Storage) -> None:
     write(storage, "actions", [action(1, 5, 11)])
     with pytest.raises(BadInput, match=r"no impressions .* ingest them first"):
         join(storage, HOURS[0])
+
+
+def test_a_window_in_which_nothing_happened_is_joined_when_that_is_meant_and_built(storage: Storage) -> None:
+    assert join(storage, HOURS[0], allow_empty=True).counts["interactions"] == 0, "not even a log yet"
+    write(storage, "impressions", [impression(1, 5, 70)])
+    write(storage, "actions", [action(1, 5, 71), action(9, 9, 140)])
+    assert join(storage, HOURS[1]).counts["positive_click"] == 1
+    found = join(storage, HOURS[2], allow_empty=True)
+    assert found.counts["interactions"] == 0 and not interactions(storage, HOURS[2])
+    assert [row["reason"] for row in quarantined(storage, HOURS[2])] == ["no_impression"]
+    built = sequences.run(SequencesConfig(root=storage.root, mode="window", window=HOURS[2].key, spark=MASTER))
+    assert (built.counts["train_rows"], built.counts["train_interactions"]) == (0, 0)
 
 
 def test_a_window_whose_actions_may_still_come_is_joined_only_when_that_is_meant(storage: Storage) -> None:

@@ -185,12 +185,15 @@ from dags.windows import SHIPPING, ready_at, window_of
 from airflow.sdk.api.datamodels._generated import DagRunType
 from airflow.serialization.serialized_objects import DagSerialization
 dag = DagSerialization.from_dict(DagSerialization.to_dict(file.dag))
-form = {name: file.dag.params[name] for name in ("window", "window_hours", "attribution_window_s")}
+form = {name: file.dag.params[name] for name in file.dag.params}
+def flags(run):
+    templates = file.dag.get_template_env()
+    return [templates.from_string(flag).render(dag_run=run, params=form) for flag in file.join.flags]
 def told(tick, kind):
     run = some(run_type=DagRunType(kind), partition_key=tick.partition_key, run_after=tick.run_after)
     ready = ready_at(run, form)
     wait = (pendulum.parse(ready) - SHIPPING - tick.run_after).total_seconds() if ready else None
-    return [window_of(run, form), wait]
+    return [window_of(run, form), wait, "--allow-empty" in flags(run)]
 first = dag.next_dagrun_info(last_automated_run_info=None)
 second = dag.next_dagrun_info(last_automated_run_info=first)
 start = pendulum.datetime(2022, 5, 1)
@@ -198,7 +201,7 @@ start = pendulum.datetime(2022, 5, 1)
 answer({
     "scheduled": [told(tick, "scheduled") for tick in (first, second)],
     "backfill": told(backfill, "backfill")[0],
-    "triggered": told(first, "manual")[1],
+    "triggered": told(first, "manual")[1:],
 })
 """
 
@@ -217,9 +220,11 @@ def test_the_ticks_of_a_schedule_share_out_all_time_since_its_start(
     """Each window ends where the next begins, and none is left out, however long ago the last tick ran."""
     settings = {"FRESHET_CONTINUAL_CRON": cron, "FRESHET_CONTINUAL_START": "2022-05-01"}
     found = call(tmp_path, ON_SCHEDULE, settings)
-    assert [window for window, _ in found["scheduled"]] == [first, second] and found["backfill"] == first
-    assert [wait for _, wait in found["scheduled"]] == [3600, 3600], "actions have the attribution window to arrive"
-    assert found["triggered"] is None, "whoever triggers a run does not wait"
+    windows, waits, empty = zip(*found["scheduled"], strict=True)
+    assert list(windows) == [first, second] and found["backfill"] == first
+    assert waits == (3600, 3600), "actions have the attribution window to arrive"
+    assert empty == (True, True), "an hour in which nothing happened does not stop the schedule"
+    assert found["triggered"] == [None, False], "whoever triggers a run does not wait, and means a window with events"
 
 
 @pytest.mark.parametrize(
