@@ -10,12 +10,10 @@ import functools
 import json
 import os
 import subprocess
-import urllib.request
-from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit, urlunsplit
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.errors import BadInput, FreshetError
@@ -183,16 +181,12 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def _require_answer(tracking_uri: str) -> None:
-    parts = urlsplit(tracking_uri)
-    login, _, host = parts.netloc.rpartition("@")
-    address = urlunsplit(parts._replace(netloc=host)).rstrip("/")
-    request = urllib.request.Request(f"{address}/health")
-    if login:
-        request.add_header("Authorization", f"Basic {b64encode(unquote(login).encode()).decode()}")
+    url = httpx.URL(tracking_uri)
+    login = (url.username, url.password) if url.userinfo else None
+    address = str(url.copy_with(userinfo=b"")).rstrip("/")
     try:
-        with urllib.request.urlopen(request, timeout=10):
-            pass
-    except OSError as error:
+        httpx.get(f"{address}/health", auth=login, timeout=10, follow_redirects=True).raise_for_status()
+    except httpx.HTTPError as error:
         raise FreshetError(
             f"no MLflow server answers at {address} ({error}); start one or set --tracking-uri"
         ) from error

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from model.table import EmbeddingTable, Events
-from model.table_arrays import Floats, Ids, TableDelta, as_floats, as_ids, slot_hash
+from model.table_arrays import Floats, Ids, TableDelta, as_floats, as_ids, is_mean, slot_hash, tensor_ids
 
 try:
     from model._native import freshet_table
@@ -76,10 +76,11 @@ class ServingTable(torch.nn.Module):
                 f"the serving copy of slot {self.slot!r} cannot be trained; call eval() to serve it, "
                 "or train the model that has the EmbeddingTable"
             )
-        if not isinstance(ids, torch.Tensor):
-            raise TypeError(f"ids must be a torch tensor, got {type(ids).__name__}; use torch.as_tensor(ids)")
-        rows = self.lookup(ids) if offsets is None else self.lookup_pooled(ids, offsets, pooling)
-        return rows.to(ids.device)
+        flat = tensor_ids(ids)
+        is_mean(pooling)  # refused without offsets, too, as where it was trained
+        if offsets is not None:
+            return self.lookup_pooled(flat, offsets, pooling).to(ids.device)
+        return self.lookup(flat).view(*ids.shape, self.dim).to(ids.device)
 
     def lookup(self, ids: Ids, missing: str = "initial") -> torch.Tensor:
         """float32 [..., dim] on the CPU for int64 ids [...]. missing: "initial" or "zeros"."""
@@ -92,11 +93,9 @@ class ServingTable(torch.nn.Module):
         Bag b holds ids[offsets[b] : offsets[b + 1]]; offsets [bags + 1] rise from 0 to len(ids). An empty bag gives
         zeros. ValueError for other offsets.
         """
-        if pooling not in ("sum", "mean"):
-            raise ValueError(f'pooling must be "sum" or "mean", got {pooling!r}')
-        ends = as_ids(offsets, "offsets")
+        mean, ends = is_mean(pooling), as_ids(offsets, "offsets")
         return torch.from_numpy(
-            self._table.lookup_pooled(as_ids(ids), ends, pooling == "mean", _initial(missing), torch.get_num_threads())
+            self._table.lookup_pooled(as_ids(ids), ends, mean, _initial(missing), torch.get_num_threads())
         )
 
     def stats(self) -> dict[str, int]:

@@ -11,7 +11,18 @@ import math
 import numpy as np
 import torch
 
-from model.table_arrays import Floats, Ids, Int64Array, TableDelta, UInt64Array, as_floats, as_ids, slot_hash
+from model.table_arrays import (
+    Floats,
+    Ids,
+    Int64Array,
+    TableDelta,
+    UInt64Array,
+    as_floats,
+    as_ids,
+    is_mean,
+    slot_hash,
+    tensor_ids,
+)
 from model.table_consumers import DeltaConsumers
 from model.table_gradients import Events, Forward, Gradients
 
@@ -23,7 +34,6 @@ except ImportError as error:
 __all__ = ["OPTIMIZERS", "EmbeddingTable", "Events", "TableDelta", "slot_hash"]
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
-POOLINGS = ("sum", "mean")
 MAX_LEARNING_RATE = 1e6
 _EPSILON = {"adam": 1e-8}
 _PROGRESS = ("updates", "sweep_at", "eviction_at", "clock")
@@ -157,23 +167,19 @@ class EmbeddingTable(torch.nn.Module):
         gradients enabled, the gradient waits for `step`. events: what the ids stand for; None: an event each, at the
         time of the step. The result is on the device of `ids`.
         """
-        if not isinstance(ids, torch.Tensor):
-            raise TypeError(f"ids must be a torch tensor, got {type(ids).__name__}; use torch.as_tensor(ids)")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be sum or mean, got {pooling!r}")
-        flat = as_ids(ids)
+        flat, mean = tensor_ids(ids), is_mean(pooling)
         if events is not None:
             events.check(len(flat))
         ends = None if offsets is None else as_ids(offsets, "offsets")
         if ends is None:
             values = self._table.lookup(flat, True, self._threads())
         else:
-            values = self._table.lookup_pooled(flat, ends, pooling == "mean", True, self._threads())
+            values = self._table.lookup_pooled(flat, ends, mean, True, self._threads())
         out = torch.from_numpy(values).to(ids.device)
         if self.training and torch.is_grad_enabled():
             out.requires_grad_()
             bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
-            self._pending.append(Forward(flat.copy(), out, bags, pooling == "mean", events))
+            self._pending.append(Forward(flat.copy(), out, bags, mean, events))
         return out if ends is not None else out.view(*ids.shape, self.dim)
 
     def step(self, lr: float | None = None, now_us: int = 0) -> int:

@@ -58,6 +58,20 @@ def slot_hash(slot: str) -> int:
     return int.from_bytes(hashlib.blake2b(slot.encode(), digest_size=8).digest(), "little")
 
 
+def is_mean(pooling: str) -> bool:
+    """Whether bags are averaged; ValueError for what is neither "sum" nor "mean"."""
+    if pooling not in ("sum", "mean"):
+        raise ValueError(f'pooling must be "sum" or "mean", got {pooling!r}')
+    return pooling == "mean"
+
+
+def tensor_ids(ids: torch.Tensor) -> Int64Array:
+    """`as_ids` of what a module is called with; TypeError also for an array."""
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"ids must be a torch tensor, got {type(ids).__name__}; use torch.as_tensor(ids)")
+    return as_ids(ids)
+
+
 def as_ids(ids: Ids, name: str = "ids") -> Int64Array:
     """ids as a flat, contiguous array; TypeError unless they are int64 already (a cast could merge ids)."""
     array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else ids

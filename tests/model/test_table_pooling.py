@@ -108,7 +108,7 @@ def test_offsets_and_pooling_of_a_wrong_kind_are_refused() -> None:
         table(ids, torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(TypeError, match="offsets must be an int64 tensor"):
         table(ids, [0, 3])
-    with pytest.raises(ValueError, match="pooling must be sum or mean, got 'max'"):
+    with pytest.raises(ValueError, match='pooling must be "sum" or "mean", got \'max\''):
         table(ids, torch.tensor([0, 3]), "max")
 
 
