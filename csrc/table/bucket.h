@@ -29,7 +29,8 @@ struct KeyHandle {
 //  * `control` = version (27 bits) | retired | overflow (4 bits). The version is odd while the one writer changes the
 //    bucket, or any byte of a row that one of its slots stands for. So a reader that finds the same even version before
 //    and after has seen one state of the slots and of their rows;
-//  * overflow counts the keys that found this bucket full and went on to a later one; 15 means 15 or more, for good;
+//  * overflow counts the keys that found this bucket full and went on to a later one; 15 means 15 or more, for good:
+//    then the segment is replaced at the next insertion;
 //  * retired: the segment was replaced. Its rows now change under the locks of the new buckets: go back to the directory.
 struct alignas(kCacheLine) Bucket {
   static constexpr std::size_t kSlots = 5;
@@ -126,9 +127,11 @@ struct alignas(kCacheLine) Bucket {
     return found[0] | found[1] | found[2] | found[3];
 #endif
   }
-  void count_overflow() noexcept {
+  // False when it has just lost count.
+  bool count_overflow() noexcept {
     const std::uint32_t now = control.load(std::memory_order_relaxed);
     if (overflow(now) < kOverflowMax) control.store(now + 1, std::memory_order_relaxed);
+    return overflow(now) + 1 != kOverflowMax;
   }
   void uncount_overflow() noexcept {
     const std::uint32_t now = control.load(std::memory_order_relaxed);

@@ -99,7 +99,7 @@ Index::Place Index::put(Segment* segment, std::uint32_t b, std::size_t slot, Key
 
 void Index::pass(Segment* segment, std::uint32_t b) noexcept {
   const BucketLock lock(segment->buckets()[b]);
-  segment->buckets()[b].count_overflow();
+  if (!segment->buckets()[b].count_overflow()) segment->worn = true;
 }
 
 // Into the first bucket with room from b on. Ends: a segment is never full.
@@ -147,7 +147,8 @@ Index::Place Index::place_in(Segment* segment, std::uint64_t hash, KeyHandle ent
 
 Index::Place Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
   Segment* segment = segment_of(entry_at(hash));
-  while (segment->used >= limit(segment->size_class)) {  // more than once only if all keys of a split fall on one side
+  // More than once only if all keys of a split fall on one side.
+  while (segment->used >= limit(segment->size_class) || segment->worn) {
     grow(segment, hash);
     segment = segment_of(entry_at(hash));
   }
@@ -173,13 +174,16 @@ void Index::erase(Place place, std::uint64_t hash) noexcept {
 
 std::uint32_t Index::class_for(std::size_t keys) noexcept {
   std::uint32_t size_class = 0;
-  while (size_class < kLastClass && limit(size_class) * 9 / 10 < keys) ++size_class;
+  while (size_class < kLastClass && !has_room(size_class, keys)) ++size_class;
   return size_class;
 }
 
+// Replaces a segment that is full, or nearly so, by a larger one or by two; one that is worn alone by its like, in which
+// the counts are right and keys that had to go far are near again.
 void Index::grow(Segment* old, std::uint64_t hash) {
   reclaimer_->reserve();
-  const bool split = old->size_class == kLastClass;
+  const std::uint32_t size_class = old->size_class + (has_room(old->size_class, old->used) ? 0 : 1);
+  const bool split = size_class > kLastClass;
   if (split && old->depth == directory_.load(std::memory_order_relaxed)->depth) deepen();
   moving_.clear();
   list_segment(hash, &moving_);
@@ -192,7 +196,7 @@ void Index::grow(Segment* old, std::uint64_t hash) {
     upper += (hashes_[i] & side) != 0 ? 1 : 0;
   }
   if (!split) {
-    replace(old, make_segment(old->size_class + 1, old->depth), nullptr, hash, side);
+    replace(old, make_segment(size_class, old->depth), nullptr, hash, side);
     return;
   }
   const std::uint32_t low_class = class_for(moving_.size() - upper);
@@ -228,6 +232,8 @@ void Index::replace(Segment* old, Segment* low, Segment* high, std::uint64_t has
     place_in(to, hashes_[i], moving_[i]);
     ++to->used;
   }
+  low->worn = false;  // where it is, no better layout was found: ids that were made to collide, perhaps
+  if (high != nullptr) high->worn = false;
   link(low, high == nullptr ? hash : hash & ~side);
   if (high != nullptr) link(high, hash | side);
   // Only now, so that whoever finds a retired bucket finds its successor in the directory.

@@ -15,6 +15,8 @@ namespace freshet {
 // Extendible hashing: a directory of 2^depth entries names segments of 1 to 511 buckets. A full segment is replaced by a
 // larger one or by two, so an insertion moves at most one segment's keys (2,427) and never the whole table; keys are
 // moved from bucket to bucket, and no row is touched. About 17 bytes per key.
+// Where keys come and go, those that found their places taken lie ever further on. Before searches get long (a bucket has
+// lost count of who went past it) the segment is laid out anew, or, if it is nearly full, grows early.
 // A directory has at most 2^17 entries, which is some 200 M keys; beyond (or for ids chosen so that their hashes agree in
 // more bits) insertion throws std::bad_alloc, so that such ids cost no more than that.
 //
@@ -133,6 +135,7 @@ class Index {
     std::uint32_t size_class;
     std::uint32_t depth;  // bits of the prefix, beyond the shard's
     std::uint32_t used;
+    bool worn = false;  // a bucket has lost count of the keys that went past it, and no search would end there again
     std::atomic<std::uint32_t> moves{0};  // odd while a key goes from one bucket to a later one
     void begin_move() noexcept {
       moves.store(moves.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
@@ -158,7 +161,8 @@ class Index {
   };
 
   // With the header, the larger segments are whole pages. From the last size a segment splits into two, mostly of the
-  // last but one: the load stays between 0.63 and 0.95. Should all keys fall on one side, it gets the last size again.
+  // last but one: the load stays between 0.63 and 0.95, where keys come and go between 0.57 and 0.95. Should all keys fall
+  // on one side, it gets the last size again.
   static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 255, 383, 511};
   static constexpr std::uint32_t kLastClass = 9;
 
@@ -176,6 +180,7 @@ class Index {
   static std::size_t limit(std::uint32_t size_class) noexcept {
     return kBuckets[size_class] * Bucket::kSlots * 19 / 20;
   }
+  static bool has_room(std::uint32_t size_class, std::size_t keys) noexcept { return keys <= limit(size_class) * 9 / 10; }
   static std::size_t bytes(std::uint32_t size_class) noexcept {
     return sizeof(Segment) + kBuckets[size_class] * sizeof(Bucket);
   }

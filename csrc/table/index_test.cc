@@ -189,16 +189,14 @@ void test_a_bucket_counts_the_keys_that_went_past_it() {
   for (int b = 0; b < 3; ++b) CHECK(Bucket::overflow(home.first[b].control.load()) == 0);
 }
 
-// Fills the seven buckets of a small segment in turn until each has forgotten how many keys went past it.
-void test_a_search_ends_where_every_bucket_was_once_full() {
+void test_a_search_ends_where_every_bucket_has_lost_count() {
   Fixture map;
-  for (std::uint64_t bucket = 0; bucket < 7; ++bucket) {
-    for (std::uint64_t i = 1; i <= 28; ++i) map.insert(key_at(bucket, i, 7));
-    for (std::uint64_t i = 1; i <= 28; ++i) map.erase(key_at(bucket, i, 7));
-  }
+  for (std::uint64_t i = 1; i <= 28; ++i) map.insert(key_at(3, i, 7));
   const Index::Span start = map.index.span(0);
   CHECK(start.buckets == 7);
-  for (int b = 0; b < 7; ++b) CHECK(Bucket::overflow(start.first[b].control.load()) == Bucket::kOverflowMax);
+  for (int b = 0; b < 7; ++b) {
+    while (Bucket::overflow(start.first[b].control.load()) != Bucket::kOverflowMax) start.first[b].count_overflow();
+  }
   Index::Span at = start;
   std::set<const Bucket*> seen;
   do seen.insert(&at.bucket());
@@ -209,6 +207,31 @@ void test_a_search_ends_where_every_bucket_was_once_full() {
   CHECK(map.index.locate_from(start, absent).bucket == nullptr);
   for (std::uint64_t i = 1; i <= 100; ++i) map.insert(key_at(2, i, 7));
   map.check_all();
+}
+
+// At constant sizes, the fullest and the emptiest of a segment among them.
+void test_searches_stay_short_while_keys_come_and_go() {
+  for (const std::size_t size : {1700U, 1830U, 2100U, 2300U, 2420U, 2450U}) {
+    Fixture map;
+    std::mt19937_64 random(5);
+    Ids keys = ids_from(0, size);
+    for (const std::int64_t key : keys) map.insert(key);
+    const auto churn_end = static_cast<std::int64_t>(kSanitized ? 40000 : 200000);
+    for (auto next = static_cast<std::int64_t>(size); next < churn_end; ++next) {
+      std::int64_t& key = keys[random() % size];
+      map.erase(key);
+      map.insert(key = next);
+    }
+    map.check_all();
+    std::size_t buckets = 0;
+    constexpr std::size_t kAbsentKeys = 10000;
+    for (std::size_t i = 1; i <= kAbsentKeys; ++i) {
+      Index::Span at = map.index.span(freshet::hash_id(-static_cast<std::int64_t>(i)));
+      do ++buckets;
+      while (Bucket::overflow(at.bucket().control.load()) != 0 && at.step());
+    }
+    CHECK(buckets < 12 * kAbsentKeys);
+  }
 }
 
 // In how many buckets a search looks, at any load.
@@ -312,7 +335,8 @@ int main() {
   test_a_shard_tells_keys_apart_by_the_bits_after_its_own();
   test_what_no_directory_can_tell_apart_is_refused_and_the_rest_goes_on();
   test_a_bucket_counts_the_keys_that_went_past_it();
-  test_a_search_ends_where_every_bucket_was_once_full();
+  test_a_search_ends_where_every_bucket_has_lost_count();
+  test_searches_stay_short_while_keys_come_and_go();
   test_all_but_few_keys_are_in_one_of_two_buckets();
   test_readers_find_every_key_while_keys_move();
   test_memory_of_replaced_segments_is_used_again();
