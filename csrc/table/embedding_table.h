@@ -148,7 +148,7 @@ class EmbeddingTable {
   // left alone. std::invalid_argument for a table without an admission threshold.
   void put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words);
 
-  // Marks the row of ids[i] as seen at now_us[i] (check_time), if ttl_on_access. std::bad_alloc: some are, some are not.
+  // Marks the row of ids[i] as seen at now_us[i] (check_time), if ttl_on_access. std::bad_alloc: nothing has changed.
   void touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us);
 
   // Removes rows and candidates; rows leave tombstones. Absent ids are ignored. Returns the rows removed.
@@ -247,7 +247,8 @@ class EmbeddingTable {
   void for_each_in(std::uint64_t from, std::uint64_t to, const Visit& visit) const;
   std::size_t expire_range(std::uint64_t from, std::uint64_t to, Seconds before, Seconds now);
   void make_room();
-  void see_rows(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us);
+  void reserve_reads(const std::int64_t* ids, std::size_t n, std::size_t groups);
+  void see_rows(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) noexcept;
   void evict_neighbours();
 
   using Entry = std::pair<std::int64_t, Handle>;

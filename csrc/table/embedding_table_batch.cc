@@ -76,6 +76,18 @@ void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradi
   });
 }
 
+// Makes room in the logs for marking the rows of ids[n] as seen, after the items that the first `groups` groups hold.
+void EmbeddingTable::reserve_reads(const std::int64_t* ids, std::size_t n, std::size_t groups) {
+  if (!config_.ttl_on_access || n == 0) return;
+  std::vector<std::size_t> changes(shards_.size(), 0);
+  for (std::size_t i = 0; i < n; ++i) ++changes[shard_index(hash_id(ids[i]))];
+  for (std::size_t s = 0; s < shards_.size(); ++s) {
+    if (changes[s] == 0) continue;
+    for (std::size_t g = 0; g < groups; ++g) changes[s] += groups_[g]->items_of_shard[s];
+    shards_[s]->reserve_changes(epoch(), changes[s]);
+  }
+}
+
 void EmbeddingTable::add_events(Item& item, const Gradients& gradients, std::size_t i, Seconds now) noexcept {
   const bool counted = gradients.events != nullptr;
   const std::uint64_t events = counted ? gradients.events[i] : 1;

@@ -55,6 +55,16 @@ void fill(EmbeddingTable& table) {
   table.advance_epoch();
 }
 
+// The rows that are there are read an hour after the batch.
+void train_and_read(EmbeddingTable& table, std::size_t threads) {
+  const Ids reads = ids_from(-7, 20), times(20, 3 * kHour);
+  EmbeddingTable::Gradients gradients{kValues.data(), kBatch.size()};
+  gradients.read_ids = reads.data();
+  gradients.read_us = times.data();
+  gradients.reads = reads.size();
+  table.apply_gradients(kBatch.data(), kBatch.size(), gradients, 0.1F, 2 * kHour, threads);
+}
+
 std::vector<Call> calls(std::size_t threads) {
   static Floats out(9000);
   return {
@@ -62,12 +72,14 @@ std::vector<Call> calls(std::size_t threads) {
        [=](EmbeddingTable& t) { t.find_or_insert(kBatch.data(), kBatch.size(), out.data(), threads); }},
       {"apply_gradients", Promise::kRowsThere,
        [=](EmbeddingTable& t) { train(t, kBatch, kValues, 2 * kHour, 0.1F, threads); }},
+      {"apply_gradients that reads besides", Promise::kRowsThere, [=](EmbeddingTable& t) { train_and_read(t, threads); }},
       {"upsert", Promise::kRowsThere, [=](EmbeddingTable& t) { upsert(t, kBatch, kValues, threads); }},
       {"put_candidates", Promise::kSome,
        [=](EmbeddingTable& t) { t.put_candidates(kBatch.data(), kBatch.size(), kWords.data()); }},
       {"erase", Promise::kNothing, [](EmbeddingTable& t) { erase(t, kBatch); }},
       {"expire", Promise::kNothing, [](EmbeddingTable& t) { t.expire(9 * kHour); }},
-      {"touch", Promise::kSome, [](EmbeddingTable& t) { t.touch(kBatch.data(), kBatch.size(), Ids(kBatch.size(), 2 * kHour).data()); }},
+      {"touch", Promise::kNothing,
+       [](EmbeddingTable& t) { t.touch(kBatch.data(), kBatch.size(), Ids(kBatch.size(), 2 * kHour).data()); }},
   };
 }
 

@@ -173,10 +173,12 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
 void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
   std::for_each(now_us, now_us + n, [](std::int64_t us) { check_time("now_us", us); });
   const std::lock_guard<std::mutex> writing(write_mutex_);
+  reserve_reads(ids, n, 0);
   see_rows(ids, n, now_us);
 }
 
-void EmbeddingTable::see_rows(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
+// Needs reserve_reads before.
+void EmbeddingTable::see_rows(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) noexcept {
   if (!config_.ttl_on_access) return;
   const Reclaimer::Guard guard(reclaimer_);
   SnapshotScan::RowKeeper keeper(snapshot_scan());
@@ -190,7 +192,6 @@ void EmbeddingTable::see_rows(const std::int64_t* ids, std::size_t n, const std:
     const Handle handle = place.bucket->at(place.slot);
     RowMeta& meta = shard.meta(handle);
     if (meta.last_seen.load(std::memory_order_relaxed) >= now) continue;
-    shard.reserve_changes(epoch(), 1);
     const BucketLock lock(*place.bucket);
     keeper.keep(ids[i], shard.floats(handle), meta);
     meta.see(now);

@@ -207,6 +207,7 @@ std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t
   const Seconds now = to_seconds(now_us), newest = std::max(now, newest_event(gradients, n));
   const std::lock_guard<std::mutex> writing(write_mutex_);
   collect_checked(ids, n, gradients, now, threads);
+  reserve_reads(gradients.read_ids, gradients.reads, active_groups_);  // nothing fails once ids have got their rows
   std::atomic<std::size_t> updated{0}, newcomers{0};
   parallel_for(active_groups_, threads, [&](std::size_t g) {
     updated.fetch_add(update_rows(*groups_[g], gradients, lr), std::memory_order_relaxed);
