@@ -212,6 +212,28 @@ void test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept() {
   CHECK(given_up != 0);
 }
 
+// The number of a snapshot has 16 bits; where it begins anew, rows forget the numbers of before.
+void test_a_snapshot_is_whole_after_one_that_had_no_memory_to_begin() {
+  EmbeddingTable table(table_config());
+  train(table, ids_from(0, 1000));
+  const auto rows_of_snapshot = [&] {
+    SnapshotScan scan(table);
+    std::size_t rows = 0;
+    for (Block block; scan.next(&block);) rows += block.keys.size();
+    return rows;
+  };
+  const auto can_begin = [&](long allocations) {
+    const FailingMemory memory(allocations, Outage::kForGood);
+    return !refused<std::bad_alloc>([&] { const SnapshotScan given_up(table); });
+  };
+  CHECK(rows_of_snapshot() == 1000);
+  long needed = 0;
+  while (!can_begin(needed)) ++needed;
+  std::size_t begun = 2;
+  while (can_begin(needed)) CHECK(++begun < 0x10000);
+  CHECK(rows_of_snapshot() == 1000);
+}
+
 void test_a_table_that_cannot_be_made_leaks_nothing() {
   const TableConfig config = config_of(16, Admission::kAll);
   for (long allocation = 0;; ++allocation) {
@@ -227,6 +249,7 @@ int main() {
   test_a_sweep_without_memory_is_postponed();
   test_a_reading_call_without_memory_leaves_the_table_alone();
   test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept();
+  test_a_snapshot_is_whole_after_one_that_had_no_memory_to_begin();
   test_a_table_that_cannot_be_made_leaks_nothing();
   std::puts("embedding_table_memory_test: all passed");
   return 0;

@@ -180,7 +180,9 @@ class Index {
   static std::size_t limit(std::uint32_t size_class) noexcept {
     return kBuckets[size_class] * Bucket::kSlots * 19 / 20;
   }
-  static bool has_room(std::uint32_t size_class, std::size_t keys) noexcept { return keys <= limit(size_class) * 9 / 10; }
+  static bool has_room(std::uint32_t size_class, std::size_t keys) noexcept {
+    return keys <= limit(size_class) * 9 / 10;
+  }
   static std::size_t bytes(std::uint32_t size_class) noexcept {
     return sizeof(Segment) + kBuckets[size_class] * sizeof(Bucket);
   }

@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::size_t kRowsAhead = 8;
 constexpr double kRest = 4.0, kLongestRest = 0.25;  // times the work; seconds
+constexpr std::uint16_t kLastNumber = std::numeric_limits<std::uint16_t>::max();
 constexpr std::uint64_t kLastHash = std::numeric_limits<std::uint64_t>::max();
 
 }  // namespace
@@ -82,14 +83,14 @@ void SnapshotScan::drop_last(Block* block) const {
 SnapshotScan::SnapshotScan(EmbeddingTable& table) : table_(table) {
   const std::lock_guard<std::mutex> lock(table.write_mutex_);
   if (table.snapshot_scan() != nullptr) throw std::runtime_error("another snapshot of this table is being taken; wait for it");
-  if (++table.snapshots_ == 0) {  // numbers come again: rows that scans which ended early never claimed may have them
+  if (table.snapshots_ == kLastNumber) {  // they come again: rows that scans which ended early never claimed may have them
     const Reclaimer::Guard guard(table.reclaimer_);
     table.for_each_in(0, kLastHash, [&](std::int64_t, std::uint64_t hash, Handle handle) {
       if (is_row(handle)) table.shard_of(hash).meta(handle).saved.store(0, std::memory_order_relaxed);
     });
-    table.snapshots_ = 1;
+    table.snapshots_ = 0;
   }
-  number_ = table.snapshots_;
+  number_ = ++table.snapshots_;
   progress_ = {table.epoch(), table.updates_, table.sweep_at_, table.eviction_at_, table.clock_};
   dropped_to_ = table.dropped_to_;
   rows_ = table.size();
