@@ -79,14 +79,20 @@ class Reclaimer {
       std::atomic<std::uint64_t>& slot = slots_[i % kReaders].entered;
       std::uint64_t expected = 0;
       const std::uint64_t now = epoch_.load(std::memory_order_seq_cst);
-      if (slot.compare_exchange_strong(expected, now, std::memory_order_seq_cst)) return slot;
+      if (slot.compare_exchange_strong(expected, now, std::memory_order_seq_cst)) {
+        std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with collect's
+        return slot;
+      }
       if (i % kReaders == kReaders - 1) cpu_pause();
     }
   }
 
   static std::size_t mix(std::size_t x) noexcept { return x ^ (x >> 12) ^ (x >> 24); }
 
+  // A reader whose slot still looks free sees, behind its own fence, what was unlinked before this one. Without the two, a
+  // processor may let it read the old pointer before its slot is taken for others: the loads that follow are not seq_cst.
   void collect() noexcept {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
     std::uint64_t oldest = epoch_.load(std::memory_order_seq_cst);
     for (const Slot& slot : slots_) {
       const std::uint64_t entered = slot.entered.load(std::memory_order_seq_cst);
