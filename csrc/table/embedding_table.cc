@@ -144,14 +144,16 @@ void EmbeddingTable::begin_restore(const Progress& progress, Epoch dropped_to, c
   std::vector<std::pair<Epoch, std::int64_t>> by_epoch;
   for (std::size_t i = 0; i < n; ++i) by_epoch.emplace_back(tombstone_epochs[i], tombstones[i]);
   std::stable_sort(by_epoch.begin(), by_epoch.end());
-  for (const auto& shard : shards_) {
-    shard->tombstones().clear(dropped_to);
-    shard->dirty().clear(progress.epoch);  // it never knew of the rows to come; exports look at every row instead
-  }
+  std::vector<EpochLog> logs(shards_.size());
+  for (EpochLog& log : logs) log.clear(dropped_to);
   for (const auto& [epoch, key] : by_epoch) {
-    Shard& shard = shard_of(hash_id(key));
-    shard.tombstones().reserve(epoch, 1);
-    shard.tombstones().note(key);
+    EpochLog& log = logs[shard_index(hash_id(key))];
+    log.reserve(epoch, 1);
+    log.note(key);
+  }
+  for (std::size_t s = 0; s < shards_.size(); ++s) {
+    shards_[s]->tombstones() = std::move(logs[s]);
+    shards_[s]->dirty().clear(progress.epoch);  // it never knew of the rows to come; exports look at every row instead
   }
   epoch_.store(progress.epoch, std::memory_order_relaxed);
   dropped_to_ = dropped_to;

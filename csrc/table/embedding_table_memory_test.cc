@@ -212,6 +212,23 @@ void test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept() {
   CHECK(given_up != 0);
 }
 
+void test_a_restore_that_cannot_begin_leaves_the_table_empty() {
+  const Ids gone = ids_from(0, 40);
+  std::vector<freshet::Epoch> epochs(gone.size());
+  for (std::size_t i = 0; i < epochs.size(); ++i) epochs[i] = static_cast<freshet::Epoch>(1 + i % 3);
+  for (long allocation = 0;; ++allocation) {
+    EmbeddingTable table(table_config());
+    bool failed = false;
+    {
+      const FailingMemory memory(allocation, Outage::kForGood);
+      failed = refused<std::bad_alloc>([&] { table.begin_restore({5}, 0, gone.data(), epochs.data(), gone.size()); });
+    }
+    CHECK(table.stats().tombstones == (failed ? 0 : gone.size()) && table.epoch() == (failed ? 1 : 5));
+    CHECK(table.export_delta(0).tombstones.size() == (failed ? 0 : gone.size()));
+    if (!failed) return;
+  }
+}
+
 // The number of a snapshot has 16 bits; where it begins anew, rows forget the numbers of before.
 void test_a_snapshot_is_whole_after_one_that_had_no_memory_to_begin() {
   EmbeddingTable table(table_config());
@@ -249,6 +266,7 @@ int main() {
   test_a_sweep_without_memory_is_postponed();
   test_a_reading_call_without_memory_leaves_the_table_alone();
   test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept();
+  test_a_restore_that_cannot_begin_leaves_the_table_empty();
   test_a_snapshot_is_whole_after_one_that_had_no_memory_to_begin();
   test_a_table_that_cannot_be_made_leaks_nothing();
   std::puts("embedding_table_memory_test: all passed");
