@@ -19,7 +19,7 @@ from model.table import EmbeddingTable
 _COLUMNS = (
     "kind", "item", "author", "category", "duration", "page", "action", "value", "user", "query_time", "key_time",
 )  # fmt: skip
-"""What a history token is; two tokens that agree in these and see the same have the same keys and values."""
+"""What a history token is; two tokens that agree in these and saw the same have the same keys and values."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ScoreCache:
 
     kept: KeyValues | None = None
     columns: Tensor | None = None  # (T, features)
-    end: Tensor | None = None  # (T,)
+    seen: Tensor | None = None  # (T, 2) begin and end of what each token saw; below 0: it is no longer kept
     parameters: tuple[object, ...] = ()
     reused: int = 0
     added: int = 0
@@ -63,34 +63,48 @@ def _history(model: SequenceModel, tokens: Tokens, count: int, cache: ScoreCache
     """Keys and values of the first `count` tokens, from the cache as far as it goes, which is brought up to date."""
     context = len(model.config.context_slots())
     columns = torch.stack([getattr(tokens, name)[:count] for name in _COLUMNS], dim=1)
-    end, parameters = tokens.seen.end[:count], parameter_state(model)
-    shift = _overlap(cache, columns, end, context) if cache.parameters == parameters else None
-    if shift is None or cache.kept is None:
-        kept = KeyValues.empty(model.hstu, model.norm.weight)
+    seen, parameters = torch.stack([tokens.seen.begin, tokens.seen.end], dim=1), parameter_state(model)
+    first = _first_read(tokens.seen.begin, count, model.config.layers)
+    shift = _overlap(cache, columns, seen, context, first) if cache.parameters == parameters else None
+    if shift is None or cache.kept is None or cache.seen is None:
+        kept, saw = KeyValues.empty(model.hstu, model.norm.weight), seen[:0]
     else:
         kept = cache.kept.part(0, context).join(cache.kept.part(context + shift, shift + count))
+        saw = torch.cat([cache.seen[:context], cache.seen[context + shift : shift + count] - shift])
     cache.reused, cache.added = len(kept), count - len(kept)
     if cache.added:
         x = model.embed(tokens.rows(len(kept), count)).to(model.norm.weight.device)
-        kept = _extend(model, kept, tokens, x, count)
-        cache.kept, cache.columns, cache.end, cache.parameters = kept, columns, end, parameters
+        cache.kept = kept = _extend(model, kept, tokens, x, count)
+        cache.seen, cache.columns, cache.parameters = torch.cat([saw, seen[len(saw) : count]]), columns, parameters
     return kept
 
 
-def _overlap(cache: ScoreCache, columns: Tensor, end: Tensor, context: int) -> int | None:
+def _first_read(begin: Tensor, count: int, layers: int) -> int:
+    """The first of `count` history tokens whose own attention the candidates' outputs depend on.
+
+    Of tokens before it only the input matters, if anything: those may have seen what the history no longer has.
+    """
+    first = count
+    for _ in range(layers - 1 if len(begin) > count else 0):
+        first = min(first, int(begin[first:].min()))  # what the candidates see; then, what that sees
+    return first
+
+
+def _overlap(cache: ScoreCache, columns: Tensor, seen: Tensor, context: int, first: int) -> int | None:
     """How many of the oldest kept tokens the wanted history has lost, if it goes on from the rest; else None.
 
-    Context tokens stay at the front and must be the same.
+    Context tokens stay at the front and must be the same. From token `first` on, each must have seen what it is to see.
     """
-    if cache.columns is None or cache.end is None or len(columns) <= context:
+    if cache.columns is None or cache.seen is None or len(columns) <= context:
         return None
     if not torch.equal(cache.columns[:context], columns[:context]):
         return None
     old, wanted = cache.columns[context:], columns[context:]
     for shift in (old == wanted[0]).all(1).nonzero().flatten().tolist():
         size = min(len(old) - shift, len(wanted))
-        ends = (cache.end[context:][shift : shift + size] - shift).clamp(min=context)
-        if torch.equal(old[shift : shift + size], wanted[:size]) and torch.equal(ends, end[context:][:size]):
+        read = slice(max(first, context), context + size)
+        saw = cache.seen[read.start + shift : read.stop + shift] - shift
+        if torch.equal(old[shift : shift + size], wanted[:size]) and torch.equal(saw, seen[read]):
             return int(shift)
     return None
 

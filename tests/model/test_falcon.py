@@ -129,6 +129,18 @@ def test_a_cache_kept_between_requests_changes_no_score(counts: list[int], seed:
         np.testing.assert_allclose(model.score(history, IDS[:5], now, cache=cache), expected, atol=1e-6)
 
 
+def test_a_cache_knows_nothing_of_interactions_that_the_history_has_lost() -> None:
+    """A bounded history forgets its oldest interactions though the layers still reach as far."""
+    model, events = small(layers=3, window=30), user(4, 12, 2)
+    for dropped in range(1, 10):
+        cache, rest = ScoreCache(), events.take(np.arange(dropped, 12), 0)
+        model.score(events, IDS, NOW, cache=cache)
+        for now in (NOW, NOW + 600 * SECOND):  # what was made anew for the first serves the second
+            expected = model.score_plain(rest, IDS, now)
+            np.testing.assert_allclose(model.score(rest, IDS, now, cache=cache), expected, atol=1e-6)
+        assert cache.added == 0
+
+
 MODELS: dict[str, Ranker] = {}
 
 
