@@ -42,6 +42,10 @@ class StochasticLength:
         """N^(alpha / 2): the length of a subsequence."""
         return max(1, int(self.limit ** (self.alpha / 2) + 1e-9))
 
+    def shortens(self, counts: Int64s) -> NDArray[np.bool_]:
+        """(users,) whether it is chance what an epoch reads of so many interactions."""
+        return np.minimum(counts, self.limit) > self.short
+
     def lengths(self, counts: Int64s, user_id: Int64s, epoch: int) -> Int64s:
         """(users,) interactions before -> after."""
         n = np.minimum(counts, self.limit)

@@ -70,8 +70,9 @@ class Trainer:
     ) -> dict[str, float]:
         """Train; returns the mean loss of what this call did of the last epoch, and the counts of steps and targets.
 
-        An event counts towards admission in the first epoch alone, unless each epoch draws other events. At the end
-        no table has rows that have outlived its time to live.
+        An event counts towards admission in the first epoch that reads it, and in no other; but of users whom
+        stochastic length shortens, each epoch counts what it drew. At the end no table has rows that have outlived its
+        time to live.
 
         continual: one pass in event order at the continual learning rates. epochs: instead of the config's.
         start: number of batches of this call already done (resume after export_state, same dataset and settings).
@@ -80,14 +81,14 @@ class Trainer:
         dataset = self.model.examples(dataset)
         plan = self._plan(dataset, continual, epochs)
         losses: list[tuple[int, float, int]] = []
-        for done, (epoch, users) in enumerate(plan):
+        for done, (epoch, rows, counted) in enumerate(plan):
             if done < start:
                 continue
             pace = 1.0 if continual else self._pace(done, len(plan))
             for group in self.optimizer.param_groups:
                 group["lr"] = (c.continual_dense_lr if continual else c.dense_lr) * pace
-            batch = self._shorten(dataset.users(users), CONTINUAL if continual else epoch)
-            report = self._train_batch(batch, continual, pace, (epoch, done + 1, len(plan)))
+            batch = self._shorten(dataset.users(rows), CONTINUAL if continual else epoch)
+            report = self._train_batch(batch, counted, continual, pace, (epoch, done + 1, len(plan)))
             losses.append((epoch, report.loss, report.targets))
             if on_step is not None:
                 on_step(report)
@@ -100,13 +101,27 @@ class Trainer:
 
     def _plan(
         self, dataset: SequenceDataset, continual: bool, epochs: int | None
-    ) -> list[tuple[int, NDArray[np.int64]]]:
+    ) -> list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
+        """Batches: epoch, rows of the dataset, and for each whether an earlier epoch has counted its events."""
         c = self.model.config
+        counted = np.zeros(len(dataset), dtype=bool)
         if continual:
-            return [(0, u) for u in dataset.in_event_order(c.continual_batch_tokens, self.lengths, CONTINUAL)]
-        count = c.epochs if epochs is None else epochs
-        draws = (dataset.shuffled(c.batch_tokens, c.seed, e, self.lengths, c.generative_sampling) for e in range(count))
-        return [(e, users) for e, batches in enumerate(draws) for users in batches]
+            batches = dataset.in_event_order(c.continual_batch_tokens, self.lengths, CONTINUAL)
+            return [(0, rows, counted[rows]) for rows in batches]
+        plan = []
+        for e in range(c.epochs if epochs is None else epochs):
+            batches = dataset.shuffled(c.batch_tokens, c.seed, e, self.lengths, c.generative_sampling)
+            plan += [(e, rows, counted[rows]) for rows in batches]
+            counted |= self._counts_in(dataset, e)
+        return plan
+
+    def _counts_in(self, dataset: SequenceDataset, epoch: int) -> NDArray[np.bool_]:
+        """(rows,) those whose events all count in this epoch, if they did not before."""
+        if self.model.config.generative_sampling:
+            return dataset.emitted(self.model.config.seed, epoch)
+        if self.lengths is None or self.model.config.per_request():
+            return np.ones(len(dataset), dtype=bool)
+        return ~self.lengths.shortens(dataset.counts())
 
     def _shorten(self, users: list[UserEvents], epoch: int) -> list[UserEvents]:
         """Stochastic length; a continual pass and request examples keep every target."""
@@ -115,21 +130,24 @@ class Trainer:
         keep_new = epoch == CONTINUAL or self.model.config.per_request()
         return self.lengths.cut_all(users, epoch, keep_new=keep_new)
 
-    def _draws_events(self) -> bool:
-        return self.lengths is not None or self.model.config.generative_sampling
-
     def _pace(self, done: int, total: int) -> float:
         """Factor of the learning rates in pretraining: linear warm-up, then linear decay to final_lr."""
         c = self.model.config
         decay = 1.0 - (1.0 - c.final_lr) * done / max(total, 1)
         return min(decay, (done + 1) / max(c.warmup * total, 1.0))
 
-    def _train_batch(self, users: list[UserEvents], continual: bool, pace: float, place: tuple[int, int, int]) -> Step:
+    def _train_batch(
+        self,
+        users: list[UserEvents],
+        counted: NDArray[np.bool_],
+        continual: bool,
+        pace: float,
+        place: tuple[int, int, int],
+    ) -> Step:
         started = time.perf_counter()
         self.model.train()  # in each step: on_step may have measured or scored, which ends the training mode
         tokens = self.model.tokens(users)
-        if place[0] > 0 and not self._draws_events():
-            tokens.event_us.fill_(NO_EVENT)
+        tokens.event_us[torch.from_numpy(counted).repeat_interleave(tokens.seen.offsets.diff())] = NO_EVENT
         tables = self.model.tables()
         with torch.random.fork_rng(devices=[]), training_precision(self.model):
             torch.manual_seed((self.model.config.seed << 32) + self.step)  # dropout is a function of the step

@@ -73,6 +73,25 @@ def test_an_event_counts_once_whatever_the_number_of_epochs(epochs: int) -> None
     assert rows.keys.tolist() == list(range(0, 40, 2)) and len(rows.candidate_keys) == 20
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_interactions": 12},
+        {"max_interactions": 200, "stochastic_alpha": 1.2},
+        {"variant": "production", "max_interactions": 12},
+        {"variant": "production", "max_interactions": 12, "stochastic_alpha": 1.2},
+        {"variant": "production", "generative_sampling": True, "epochs": 30},
+    ],
+    ids=lambda s: ",".join(map(str, s.values())),
+)
+def test_an_event_counts_once_where_each_epoch_may_draw_but_reads_it_again(settings: dict[str, Any]) -> None:
+    counts = {u: 1 + u % 12 for u in range(24)}
+    trainer = Trainer(ranker(**({"epochs": 3, "bias_slots": "user", "table_admission": "user=11"} | settings)))
+    trainer.fit(SequenceDataset(table([user(i, count, 1) for i, count in counts.items()])))
+    admitted = trainer.model.tables()["user_bias"].export_all().keys.tolist()
+    assert sorted(admitted) == [u for u, count in counts.items() if count >= 11]
+
+
 @pytest.mark.parametrize("variant", ["research", "production"])
 def test_an_event_counts_once_though_later_windows_see_it_in_their_histories(variant: str) -> None:
     trainer = Trainer(ranker(variant=variant, slots="item,user", bias_slots="user,item"))
