@@ -149,6 +149,8 @@ class Trainer:
         tokens = self.model.tokens(users)
         tokens.event_us[torch.from_numpy(counted).repeat_interleave(tokens.seen.offsets.diff())] = NO_EVENT
         tables = self.model.tables()
+        for table in tables.values():
+            table.discard()  # a step that was interrupted may have left its gradients
         with torch.random.fork_rng(devices=[]), training_precision(self.model):
             torch.manual_seed((self.model.config.seed << 32) + self.step)  # dropout is a function of the step
             loss, targets = self.model.loss(tokens)

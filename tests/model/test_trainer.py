@@ -276,6 +276,24 @@ def test_a_gradient_that_is_not_finite_stops_training_and_changes_nothing() -> N
     assert all(torch.equal(before[n], after[n]) for n in before if not n.endswith("head.bias"))
 
 
+@pytest.mark.parametrize("make", [ranker, retriever])
+def test_a_step_that_was_interrupted_leaves_nothing_for_the_next_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had its gradients, dense and of tables, and had moved nothing yet."""
+    trainer, whole = Trainer(make(epochs=1)), Trainer(make(epochs=1))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.optimizer, "step", interrupted)
+        trainer.fit(liking())
+    for each in (trainer, whole):
+        each.fit(liking())
+    assert same(trainer.export_state(), whole.export_state())
+
+
 def test_a_state_of_another_shape_is_refused() -> None:
     state = Trainer(ranker()).export_state()
     with pytest.raises(BadInput, match="config"):
