@@ -25,6 +25,8 @@ POOL = 16
 class SequenceDataset:
     """Users of one sequence dataset, by index, without copying their events."""
 
+    _context = 0  # tokens of each row before its history
+
     def __init__(self, table: pa.Table) -> None:
         """table: rows of the sequence schema, one per user.
 
@@ -82,6 +84,12 @@ class SequenceDataset:
         asking._asked = np.bincount(owner[new & ((self._values["actions"] & actions) > 0)], minlength=len(self))
         return asking
 
+    def with_context(self, count: int) -> SequenceDataset:
+        """The same rows, each with `count` context tokens before its history."""
+        changed = copy.copy(self)
+        changed._context = count
+        return changed
+
     def users(self, indices: Iterable[int]) -> list[UserEvents]:
         """Several users."""
         return [self[int(index)] for index in indices]
@@ -108,7 +116,8 @@ class SequenceDataset:
 
     def tokens(self) -> NDArray[np.int64]:
         """(users,) an upper bound of each user's tokens."""
-        return self._asked + sum(np.diff(self._offsets[name]) for name in ("item_id", "action_of", "aux_slot"))
+        events = sum(np.diff(self._offsets[name]) for name in ("item_id", "action_of", "aux_slot"))
+        return self._asked + self._context + events
 
     def first_new(self) -> NDArray[np.int64]:
         """(users,) time of the first new interaction in microseconds; the largest int64 if there is none."""
@@ -156,9 +165,9 @@ class SequenceDataset:
         if lengths is None:
             return tokens
         kept = lengths.lengths(counts, self.user_id, epoch)
-        fixed = np.zeros_like(tokens)
+        fixed = np.full_like(tokens, self._context)
         if keep_new:
-            kept, fixed = np.maximum(kept, counts - self.new_from), self._asked
+            kept, fixed = np.maximum(kept, counts - self.new_from), fixed + self._asked
         return fixed + np.ceil((tokens - fixed) * (kept / np.maximum(counts, 1))).astype(np.int64)
 
     def _with_targets(self) -> NDArray[np.int64]:

@@ -80,10 +80,10 @@ class RequestDataset(SequenceDataset):
         return self._tokens(np.ones(len(self)))
 
     def _tokens(self, share: NDArray[np.float64]) -> NDArray[np.int64]:
-        """(rows,) an upper bound with this share of the context."""
+        """(rows,) an upper bound with this share of the interactions before the request."""
         of_user = self._users.tokens() - self._users.counts()  # action and auxiliary events, at most
-        context = np.ceil((self.start + of_user[self.owner]) * share).astype(np.int64)
-        return np.minimum(context, self._reach) + self.stop - self.start
+        before = np.ceil((self.start + of_user[self.owner]) * share).astype(np.int64)
+        return np.minimum(before, self._reach) + self._context + self.stop - self.start
 
     def _left(self, lengths: StochasticLength | None, epoch: int, *, keep_new: bool) -> NDArray[np.int64]:
         """Targets are kept in any case; the reach cuts what the rule has left."""

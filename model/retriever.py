@@ -60,9 +60,9 @@ class Retriever(SequenceModel):
 
     def examples(self, dataset: SequenceDataset) -> SequenceDataset:
         """Users, or (setting examples) the requests with a positive."""
-        if self.config.per_request():
-            return RequestDataset(dataset, self.config.reach(), self.positive)
-        return dataset.asking(self.positive)
+        c = self.config
+        rows = RequestDataset(dataset, c.reach(), self.positive) if c.per_request() else dataset.asking(self.positive)
+        return rows.with_context(len(c.context_slots()))
 
     def item_vectors(self, item_ids: Int64s, events: Events | None = None) -> Tensor:
         """int64 [n] -> float32 [n, dim], of length one. events: the positives among them; None: there are none."""

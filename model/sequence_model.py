@@ -58,7 +58,8 @@ class SequenceModel(nn.Module, ABC):
 
     def examples(self, dataset: SequenceDataset) -> SequenceDataset:
         """The rows that are trained on and measured: users, or (setting examples) requests."""
-        return RequestDataset(dataset, self.config.reach()) if self.config.per_request() else dataset
+        rows = RequestDataset(dataset, self.config.reach()) if self.config.per_request() else dataset
+        return rows.with_context(len(self.config.context_slots()))
 
     def build(self, users: Sequence[UserEvents], queries: Sequence[Queries] | None, *, cut: bool = False) -> Tokens:
         """Tokens by the model's settings. cut: leave out the history that the layers cannot reach from the queries."""

@@ -16,7 +16,7 @@ from components.errors import BadInput, FreshetError
 from components.schemas import action_bit
 from model.attention import attention
 from model.dataset import SequenceDataset
-from model.inputs import UserEvents
+from model.inputs import EVENT_DTYPES, UserEvents
 from model.ranker import Ranker, RankerConfig
 from model.retriever import Retriever, RetrieverConfig
 from model.trainer import Step, Trainer
@@ -144,6 +144,19 @@ def test_no_batch_is_larger_than_the_token_budget(
         SequenceDataset(table(liked)), continual=continual, on_step=lambda step: read.append(step.tokens)
     )
     assert 200 < np.mean(read) < max(read) <= 440
+
+
+@pytest.mark.parametrize("make", [ranker, retriever])
+@pytest.mark.parametrize("variant", ["research", "production"])
+def test_context_tokens_count_towards_the_token_budget(make: Make, variant: str) -> None:
+    """They are half of the tokens where each user has a single interaction and no other event."""
+    liked = [dataclasses.replace(user(i, 1, 1), actions=np.array([CLICK], np.int32)) for i in range(60)]
+    events = [name for name in EVENT_DTYPES if name.startswith(("action_", "aux_"))]
+    bare = [dataclasses.replace(u, **{name: getattr(u, name)[:0] for name in events}) for u in liked]
+    read: list[int] = []
+    trainer = Trainer(make(variant=variant, context="user", positions=9, batch_tokens=40, epochs=1))
+    trainer.fit(SequenceDataset(table(bare)), on_step=lambda step: read.append(step.tokens))
+    assert 35 < max(read) <= 40
 
 
 def test_a_step_tells_its_speed() -> None:
