@@ -157,12 +157,12 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         norm = self._clip(tables)
-        if targets:  # or its moments would move the parameters though nothing was learned
+        if targets:  # or moments would move the parameters, those of rows too, though nothing was learned
             self.optimizer.step()
         event_time = int(tokens.query_time.max()) * MICROSECONDS if len(tokens) else 0
         for slot, table in tables.items():
             table.scale_gradients(float(targets))  # a row learns from the sum over its events, whatever the batch
-            table.step(self.model.table_lr(slot, continual) * pace, event_time)
+            table.step(self.model.table_lr(slot, continual) * pace if targets else 0.0, event_time)  # events count
         self.step += 1
         seconds, mean = time.perf_counter() - started, float(loss.detach()) if targets else float("nan")
         return Step(self.step, *place, mean, targets, norm, event_time, len(tokens), seconds)

@@ -242,13 +242,16 @@ def without_positives(users: list[UserEvents]) -> list[UserEvents]:
     return [dataclasses.replace(u, actions=np.zeros_like(u.actions)) for u in users]
 
 
-def test_a_batch_without_a_target_moves_no_dense_parameter_and_has_no_loss() -> None:
-    trainer, steps = Trainer(retriever(epochs=1)), list[Step]()
+def test_a_batch_without_a_target_moves_no_parameter_and_no_row_and_has_no_loss() -> None:
+    trainer, steps = Trainer(retriever(epochs=1, table_optimizer="adam")), list[Step]()
     trainer.fit(liking(20))
-    before = trainer.dense()
+    before, item = trainer.dense(), trainer.model.tables()["item"]
+    ids = item.export_all().keys
+    rows = item.lookup(ids)
     window = SequenceDataset(table(without_positives(liking(20).users(range(20)))))
     result = trainer.fit(window, continual=True, on_step=steps.append)
     assert same(before, trainer.dense()) and trainer.step > len(steps) > 1
+    assert len(ids) and torch.equal(item.lookup(ids), rows)
     assert np.isnan([step.loss for step in steps]).all() and np.isnan(result["loss"]) and result["targets"] == 0
 
 
