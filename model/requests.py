@@ -24,7 +24,7 @@ class RequestDataset(SequenceDataset):
     """
 
     def __init__(self, users: SequenceDataset, reach: int, positive: int | None = None) -> None:
-        """reach: history tokens that a request can see at most; it bounds `tokens`.
+        """reach: history tokens that matter to a request, as `ModelConfig.reach` says; it bounds `tokens`.
 
         positive: only the requests with one of these action bits on a new interaction.
         """
@@ -80,7 +80,7 @@ class RequestDataset(SequenceDataset):
         return self._tokens(np.ones(len(self)))
 
     def _tokens(self, share: NDArray[np.float64]) -> NDArray[np.int64]:
-        """(rows,) an upper bound with this share of the interactions before the request."""
+        """(rows,) about an upper bound (see reach), with this share of the interactions before the request."""
         of_user = self._users.tokens() - self._users.counts()  # action and auxiliary events, at most
         before = np.ceil((self.start + of_user[self.owner]) * share).astype(np.int64)
         return np.minimum(before, self._reach) + self._context + self.stop - self.start

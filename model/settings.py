@@ -187,7 +187,10 @@ class ModelConfig(BaseModel):
         return self.variant == "production" if self.examples == "variant" else self.examples == "request"
 
     def reach(self) -> int:
-        """How many history tokens before a request can influence its scores."""
+        """How many history tokens before a request can influence its scores, where impressions are known at once.
+
+        One that became known late looks back from its own request, and so may reach further.
+        """
         return self.window * self.layers
 
     def slot_names(self) -> list[str]:

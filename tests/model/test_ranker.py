@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from components.errors import BadInput
 from model.dataset import SequenceDataset
-from model.inputs import UserEvents
+from model.inputs import EVENT_DTYPES, Queries, UserEvents
 from model.ranker import Ranker, RankerConfig
 from model.trainer import Trainer
-from tests.model.make import START, catalogue, table, user
+from tests.model.make import SECOND, START, catalogue, table, user
 
 SMALL = RankerConfig(
     heads="click,watch", dim=8, head_dim=4, window=7, epochs=3, batch_tokens=128, init_scale=0.3, dense_lr=0.02,
@@ -76,6 +76,24 @@ def test_history_beyond_the_reach_of_the_layers_changes_nothing(ranker: Ranker) 
     cut = dataclasses.replace(long, item_id=np.where(np.arange(80) < 10, 39, long.item_id))
     ids = np.array([1, 2, 3])
     np.testing.assert_array_equal(ranker.score(long, ids, NOW), ranker.score(cut, ids, NOW))
+
+
+def test_an_impression_that_became_known_late_looks_back_from_its_own_request() -> None:
+    """So it reaches beyond layers * window tokens, and what it sees is not left out."""
+    model = Ranker(RankerConfig(heads="click", dim=8, head_dim=4, layers=2, window=1, init_scale=0.5), catalogue())
+    torch.manual_seed(1)
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+    first = user(2, 12, 8).take(np.arange(12), 0)
+    none = {name: getattr(first, name)[:0] for name in EVENT_DTYPES if name.startswith(("action_", "aux_"))}
+    time = START + np.arange(12) * SECOND
+    late = np.where(np.arange(12) == 1, START + 100 * SECOND, time)
+    events = dataclasses.replace(first, timestamp=time, known_at=late, **none)
+    other = dataclasses.replace(events, item_id=np.where(np.arange(12) == 0, events.item_id % 40 + 1, events.item_id))
+    scores = [model.score(u, np.array([7]), NOW) for u in (events, other)]
+    assert model.config.reach() == 2 and abs(scores[0] - scores[1]).max() > 1e-3
+    for u, score in zip((events, other), scores, strict=True):
+        whole = model(model.build([u], [Queries.candidates(np.array([7]), NOW, 0)]))
+        np.testing.assert_allclose(score, torch.sigmoid(whole).detach().numpy(), atol=1e-6)
 
 
 def test_what_is_not_yet_known_changes_nothing_and_what_is_known_does(ranker: Ranker) -> None:
