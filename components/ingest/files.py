@@ -3,7 +3,8 @@
 What a row is, by `kind`:
 
 * impressions: user_id item_id timestamp [request_id position page received_at], and any action name mapped to a
-  column: 0/1 for click, like, ...; seconds for watch and stars for rating, which count when above 0.
+  column: 0/1 for click, like, ...; seconds for watch and stars for rating, which count when above 0. An impression that
+  is logged again with other feedback stays once, with the actions of all its rows.
 * actions: request_id user_id item_id timestamp action [value received_at], of impressions logged elsewhere.
 * feedback: user_id item_id timestamp [action value request_id page]: an impression and its one action (like when the
   row names none) at the same time, as most public data sets are.
@@ -126,18 +127,20 @@ class _EventReader:
         found = [name for name in ACTIONS if name in self.rows.table.column_names]
         values = {name: self.rows.numbers(name, missing=0.0) for name in found if name in WITH_VALUE}
         flags = {name: self.rows.flags(name) for name in found if name not in WITH_VALUE}
-        keep = self._finish(
-            batch, repeated(self.user, self.item, self.time, self.request, position, page, self.received)
-        )
-        self._add_impressions(batch, keep, position, page)
+        shown = (self.user, self.item, self.time, self.request, position, page, self.received)
+        keep = self._finish(batch, self.rows.copies(*shown, *values.values(), *flags.values()))
+        self._add_impressions(batch, _distinct(keep, *shown), position, page)
         for name in found:
-            row = keep[values[name][keep] > 0] if name in values else keep[flags[name][keep]]
+            if name in values:
+                row = _distinct(keep[values[name][keep] > 0], *shown, values[name])
+            else:
+                row = _distinct(keep[flags[name][keep]], *shown)
             self._add_actions(batch, row, name, values.get(name))
 
     def actions(self, batch: Batch) -> None:
         action, value = self._action_names(), self._values()
         self._check_value(action, value)
-        copies = repeated(self.user, self.item, self.time, self.request, action, value, self.received)
+        copies = self.rows.copies(self.user, self.item, self.time, self.request, action, value, self.received)
         self._add_actions(batch, self._finish(batch, copies), action, value)
 
     def feedback(self, batch: Batch) -> None:
@@ -145,9 +148,8 @@ class _EventReader:
         action = self._action_names() if named else np.full(len(self.rows), "like", dtype=object)
         page, value = self._optional_ids("page"), self._values()
         self._check_value(action, value)
-        copies = repeated(self.user, self.item, self.time, self.request, action, value)
-        keep = self._finish(batch, copies)
-        first = keep[~repeated(self.user[keep], self.item[keep], self.request[keep])]
+        keep = self._finish(batch, self.rows.copies(self.user, self.item, self.time, self.request, action, value))
+        first = _distinct(keep, self.user, self.item, self.request)
         self._add_impressions(batch, first, np.zeros_like(page), page)
         self._add_actions(batch, keep, action, value)
 
@@ -174,7 +176,7 @@ class _EventReader:
         """Set bad rows aside, count and drop exact copies and what is outside the slice; the rows to keep."""
         inside = in_slice(self.time, self.config.from_us, self.config.until_us)
         batch.event_rows -= int((~inside).sum())
-        batch.duplicates += int((copies & self.rows.good & inside).sum())
+        batch.duplicates += int((copies & inside).sum())
         batch.set_aside(self.rows.bad(inside))
         return np.flatnonzero(self.rows.good & inside & ~copies)
 
@@ -209,6 +211,11 @@ class _EventReader:
 
     def _check_value(self, action: NDArray[np.object_], value: NDArray[np.float64]) -> None:
         self.rows.reject(np.isin(action.astype(str), WITH_VALUE) & np.isnan(value), "missing_value")
+
+
+def _distinct(index: Ints, *columns: NDArray[np.generic]) -> Ints:
+    """The rows of `index` that differ from all earlier ones of it in some column."""
+    return index[~repeated(*(column[index] for column in columns))]
 
 
 def _add_items(batch: Batch, rows: Rows, text: bool) -> None:

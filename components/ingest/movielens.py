@@ -13,15 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from components.errors import BadInput
-from components.ingest.batch import (
-    Batch,
-    Ints,
-    actions_table,
-    impressions_table,
-    in_slice,
-    items_table,
-    repeated,
-)
+from components.ingest.batch import Batch, Ints, actions_table, impressions_table, in_slice, items_table
 from components.ingest.config import IngestConfig
 from components.ingest.read import Raw, existing, pick, read_csv
 from components.ingest.rows import Rows
@@ -60,7 +52,7 @@ def _add_ratings(batch: Batch, path: Path, config: IngestConfig, now_us: int) ->
     if not rows.good.any():
         raise BadInput(f"{path} holds no line of user, item, stars and seconds; give MovieLens' ratings.dat or u.data")
     inside = in_slice(second, config.from_us, config.until_us)
-    copies = rows.good & repeated(user, item, stars, second)
+    copies = rows.copies(user, item, stars, second)
     time = second + order_within_second(second, rows.good & ~copies)
     batch.event_rows += int(inside.sum()) + raw.malformed.num_rows
     batch.duplicates += int((copies & inside).sum())

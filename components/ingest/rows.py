@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from components.errors import BadInput
+from components.ingest.batch import repeated
 from components.schemas import QUARANTINE, hash_id
 from components.windows import parse_time
 
@@ -102,6 +103,12 @@ class Rows:
         column = self._column(name)
         self.reject(column.is_null().to_numpy(zero_copy_only=False), f"missing_{name}")
         return np.asarray(pc.utf8_trim_whitespace(column.cast(pa.string())).to_numpy(zero_copy_only=False))
+
+    def copies(self, *columns: NDArray[np.generic]) -> NDArray[np.bool_]:
+        """True for each good row that equals an earlier good one in all columns: bad rows hold arbitrary values."""
+        marks = np.zeros(len(self), dtype=bool)
+        marks[self.good] = repeated(*(column[self.good] for column in columns))
+        return marks
 
     def bad(self, counted: NDArray[np.bool_] | None = None) -> pa.Table:
         """QUARANTINE rows of everything rejected so far (of the counted rows); the raw row is kept as JSON."""

@@ -80,6 +80,18 @@ def test_no_line_of_json_can_stop_the_others(store: Storage, tmp_path: Path, lin
     assert json.loads(row["row"]) == line, "it is kept as it was"
 
 
+def test_a_good_row_is_no_copy_of_a_bad_one(store: Storage, tmp_path: Path) -> None:
+    shown = "user_id,item_id,timestamp,click\n1,2,1700000000,maybe\n1,2,1700000000,1\n"
+    (tmp_path / "log.csv").write_text(shown)
+    result = ingest(store, source="files", path=str(tmp_path / "log.csv"), kind="impressions", max_bad_share=0.5)
+    assert (result.impressions, result.actions, result.duplicates) == (1, {"click": 1}, 0)
+    acted = "request_id,user_id,item_id,timestamp,action,received_at\n"
+    acted += "1,1,2,1700000000,click,never\n1,1,2,1700000000,click,1700000000\n"
+    (tmp_path / "log.csv").write_text(acted)
+    result = ingest(store, source="files", path=str(tmp_path / "log.csv"), kind="actions", max_bad_share=0.5)
+    assert (result.actions, result.duplicates) == ({"click": 1}, 0)
+
+
 def test_a_bad_row_with_a_time_belongs_to_the_slice_of_that_time_only(store: Storage, tmp_path: Path) -> None:
     columns = {"user_id": ["1", "x", "3"], "item_id": [1, 2, 3], "timestamp": [1700000000, 1700000001, 1700000100]}
     path = str(written(tmp_path / "log.csv", columns))

@@ -74,6 +74,17 @@ def test_flags_may_be_numbers_or_words_in_every_format(store: Storage, tmp_path:
         assert (result.impressions, result.actions, result.quarantined) == (2, {"click": 1}, {})
 
 
+def test_an_impression_logged_again_with_other_feedback_stays_once_with_all_of_it(
+    store: Storage, tmp_path: Path
+) -> None:
+    rows = ["1,0,2.5", "0,1,2.5", "1,0,2.5", "0,0,0"]
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp,click,like,watch\n" + "".join(f"1,2,1700000000,{r}\n" for r in rows))
+    result = ingest(store, source="files", path=str(path), kind="impressions")
+    assert (result.impressions, result.duplicates) == (1, 1), "one line is a copy, the others tell more"
+    assert result.actions == {"click": 1, "like": 1, "watch": 1}
+
+
 def test_a_line_separator_inside_a_string_does_not_end_the_row(store: Storage, tmp_path: Path) -> None:
     row = {"user_id": "a\u2028b", "item_id": "x\x85y", "timestamp": 1700000000}
     path = tmp_path / "log.jsonl"
