@@ -9,7 +9,8 @@
 Writes events/impressions and events/actions by UTC hour, items/, and quarantine/ingest/ for rows that cannot be
 read, each with its reason. Above --max-bad-share the ingest fails, and nothing of it enters the event log. File names
 depend on the settings and on the content of the source, so running it again changes nothing, and running it after a
-crash repairs what the crash left. With --from-time and --until-time (half-open) a log can be replayed slice by slice.
+crash repairs what the crash left. Of items without events (--kind=items) the row that was ingested last wins.
+With --from-time and --until-time (half-open) a log can be replayed slice by slice.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def run(config: IngestConfig) -> IngestResult:
     _check(config, storage, batch, quarantine)
     if config.source == "synthetic":
         record_world(storage, config.world())
-    written = _write(storage, name, batch)
+    written = _write(storage, name, batch, now)
     result = _result(config, name, batch, quarantine, written)
     try:
         storage.create(manifest, result.model_dump_json(indent=1).encode())
@@ -134,18 +135,24 @@ def report(reasons: Counter[str]) -> str:
     return capture.get()
 
 
-def _write(storage: Storage, name: str, batch: Batch) -> int:
+def _write(storage: Storage, name: str, batch: Batch, now: datetime) -> int:
     """Write items first, then events, so that no reader meets an event of an item it cannot look up."""
-    span = batch.span()
     if batch.items.num_rows:
-        as_of = from_us(span[1]) if span else datetime(1970, 1, 1, tzinfo=UTC)
-        storage.write_table(items_path(as_of, name), batch.items)
+        storage.write_table(_items_file(storage, name, batch, now), batch.items)
     files_ = event_files("impressions", batch.impressions, name) + event_files("actions", batch.actions, name)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("writing the event log", total=len(files_))
         write_files(storage, files_, lambda: progress.advance(task))
     return len(files_) + bool(batch.items.num_rows)
+
+
+def _items_file(storage: Storage, name: str, batch: Batch, now: datetime) -> str:
+    """Items beside events stand as of the newest event, items alone as of now: the catalogue given last wins."""
+    if span := batch.span():
+        return items_path(from_us(span[1]), name)
+    begun = [path for path in storage.list("items") if path.endswith(f"-{name}.parquet")]
+    return begun[0] if begun else items_path(now, name)  # what a crash left has its name already
 
 
 def _result(config: IngestConfig, name: str, batch: Batch, quarantine: str | None, written: int) -> IngestResult:

@@ -8,12 +8,14 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from components.config import cli
 from components.ingest.config import IngestConfig
 from components.ingest.run import run
 from components.schemas import hash_id
+from components.sequence_data import read_items
 from components.storage import Storage
 from tests.components.ingest.cases import LOG, MAPPING, events, ingest, written
 
@@ -119,6 +121,18 @@ def test_item_rows_become_the_catalogue(store: Storage, tmp_path: Path) -> None:
     result = ingest(store, source="files", path=str(path), kind="items", columns="item_id=sku,author_id=brand")
     items = store.read_table(store.list("items")[0]).to_pydict()
     assert (items["author_id"], items["duration_s"], result.items) == ([3, 0], [1.5, None], 2)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_catalogue_that_was_ingested_last_wins(store: Storage, tmp_path: Path, number: int) -> None:
+    for author in (10 + number, 20 + number):
+        path = written(tmp_path / "items.csv", {"item_id": [7], "author_id": [author]})
+        result = ingest(store, source="files", path=str(path), kind="items")
+    assert read_items(store).catalogue.features(np.array([7]))[0, 0] == 20 + number
+    files = store.list("items")
+    store.delete(f"ingests/{result.name}.json")
+    ingest(store, source="files", path=str(path), kind="items")
+    assert store.list("items") == files, "a crash before the end of an ingest leaves a file that the next try takes"
 
 
 def test_ids_are_exact_to_the_last_of_64_bits_even_beside_bad_ones(store: Storage, tmp_path: Path) -> None:
