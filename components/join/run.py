@@ -141,10 +141,10 @@ def _inputs(
     history = min([w.start for w in rules.joined] + [start])
     oldest = max(start - lateness - memory, history)
     actions = event_log.files_between(storage, "actions", start - lateness, end + attribution)
-    actions += _unsettled(storage, "actions", oldest, start, lateness, earlier)
+    actions += _unsettled(storage, "actions", oldest, start, earlier)
     since = min([start - lateness, *map(event_log.hour_of, actions)]) - attribution
     impressions = event_log.files_between(storage, "impressions", since, end)
-    impressions += _unsettled(storage, "impressions", oldest, start, timedelta(0), earlier)
+    impressions += _unsettled(storage, "impressions", oldest, start, earlier)
     if not impressions and not config.allow_empty:
         raise BadInput(
             f"no impressions up to {end:%Y-%m-%d %H:%M:%S} in {storage.url('events/impressions')}; "
@@ -155,12 +155,11 @@ def _inputs(
     return impressions, actions, rows + event_log.check_files(storage, actions, ACTION_EVENTS)
 
 
-def _unsettled(
-    storage: Storage, kind: str, start: datetime, end: datetime, lateness: timedelta, earlier: list[Manifest]
-) -> list[str]:
+def _unsettled(storage: Storage, kind: str, start: datetime, end: datetime, earlier: list[Manifest]) -> list[str]:
     """Files of hours in [start, end) in which an event may not have met its fate in an earlier join.
 
-    A join that read a file has settled all of it if the file's hour lies before the join's window end - `lateness`.
+    A join that read a file has settled its impressions if the file's hour lies before the end of the join's window,
+    its actions if it lies before that by the lateness which that join allowed: until then they were pending.
     """
     if start >= end:
         return []
@@ -169,9 +168,14 @@ def _unsettled(
         for manifest in earlier
         for path in manifest.inputs
         if path.startswith(f"events/{kind}/")
-        and event_log.hour_of(path) + event_log.HOUR <= Window.parse(manifest.name).end - lateness
+        and event_log.hour_of(path) + event_log.HOUR <= _settled_until(manifest, kind)
     }
     return [path for path in event_log.files_between(storage, kind, start, end) if path not in settled]
+
+
+def _settled_until(manifest: Manifest, kind: str) -> datetime:
+    end = Window.parse(manifest.name).end
+    return end - timedelta(seconds=manifest.config["max_lateness_s"]) if kind == "actions" else end
 
 
 def _check(config: JoinConfig, storage: Storage, found: dict[str, int], earlier: list[Manifest]) -> None:

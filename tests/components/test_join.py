@@ -102,6 +102,15 @@ def _late_events_go_to_the_next_window(storage: Storage) -> None:
     assert (result.counts["late"], result.counts["attributed"], result.counts["quarantined_too_late"]) == (1, 2, 1)
 
 
+def test_an_action_that_waited_is_judged_by_a_next_join_that_allows_less_lateness(storage: Storage) -> None:
+    three, next_one = Window(TEN, HOURS[2].end), HOURS[3]
+    write(storage, "impressions", [impression(1, 5, 10), impression(2, 5, 190)])
+    write(storage, "actions", [action(9, 9, 70)])
+    assert join(storage, three, max_lateness_s=3 * 3600).counts["pending"] == 1
+    join(storage, next_one, max_lateness_s=0)
+    assert [row["reason"] for row in quarantined(storage, next_one)] == ["no_impression"]
+
+
 def test_a_join_that_died_before_its_manifest_leaves_nothing_and_is_repeated(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
