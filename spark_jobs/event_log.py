@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.errors import BadInput
 from components.schemas import ACTION_EVENTS, IMPRESSIONS
 from components.storage import S3, LocalFiles, Storage
-from components.windows import Window
+from components.windows import Window, from_us, to_us
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMAS: Final = {"impressions": IMPRESSIONS, "actions": ACTION_EVENTS}
 HOUR: Final = timedelta(hours=1)
+HOUR_US: Final = HOUR // timedelta(microseconds=1)
 _PARTITION = re.compile(r"/dt=(\d{4}-\d{2}-\d{2})/hour=(\d{2})/[^/]+\.parquet$")
 _SPARK_TYPES = {
     pa.int64(): "bigint",
@@ -62,7 +64,10 @@ def files_between(storage: Storage, kind: str, start: datetime, end: datetime) -
 
 
 def check_files(storage: Storage, paths: list[str], schema: pa.Schema) -> int:
-    """Read the footer of every file; BadInput names the first that breaks the contract. Returns the number of rows."""
+    """Read the footer of every file; BadInput names the first that breaks the contract. Returns the number of rows.
+
+    The contract: the columns of the schema, no nulls where it allows none, and events of the hour of the file's folder.
+    """
     with ThreadPoolExecutor(1 if isinstance(storage.backend, LocalFiles) else 16) as pool:
         return sum(pool.map(lambda path: _check_file(storage, path, schema), paths))
 
@@ -135,37 +140,65 @@ def naming_bad_files() -> Iterator[None]:
 
 
 def _check_file(storage: Storage, path: str, schema: pa.Schema) -> int:
-    footer = _footer(storage, path)
-    present = footer.schema.to_arrow_schema()
-    where = f"{storage.url(path)}: "
-    for field in schema:
-        index = present.get_field_index(field.name)
-        if index < 0 and field.nullable:
-            continue
-        if index < 0:
-            names = ", ".join(present.names)
-            raise BadInput(f"{where}column {field.name!r} is missing among {names}; ingest it again")
-        if (found := present.field(index).type) != field.type:
-            raise BadInput(f"{where}column {field.name!r} is {found}, not {field.type}; ingest it again")
-        if not field.nullable and (nulls := _nulls(footer, field.name)):
-            raise BadInput(f"{where}{nulls} rows have no {field.name!r}, which every row needs; ingest it again")
-    return int(footer.num_rows)
-
-
-def _footer(storage: Storage, path: str) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(_open(storage, path))
+        with pq.ParquetFile(_open(storage, path)) as file:
+            _check_columns(file, schema, storage.url(path))
+            _check_hour(file, path, storage.url(path))
+            return int(file.metadata.num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(
             f"{storage.url(path)} is truncated or no Parquet file ({error}); write the file again or remove it"
         ) from error
 
 
-def _nulls(footer: pq.FileMetaData, column: str) -> int:
-    """Nulls of a flat column by the footer's statistics (a column without statistics counts as free of nulls)."""
-    index = footer.schema.names.index(column)
-    groups = (footer.row_group(i).column(index) for i in range(footer.num_row_groups))
-    return sum(g.statistics.null_count for g in groups if g.is_stats_set and g.statistics.has_null_count)
+def _check_columns(file: pq.ParquetFile, schema: pa.Schema, name: str) -> None:
+    present = file.schema_arrow
+    for field in schema:
+        index = present.get_field_index(field.name)
+        if index < 0 and field.nullable:
+            continue
+        if index < 0:
+            names = ", ".join(present.names)
+            raise BadInput(f"{name}: column {field.name!r} is missing among {names}; ingest it again")
+        if (found := present.field(index).type) != field.type:
+            raise BadInput(f"{name}: column {field.name!r} is {found}, not {field.type}; ingest it again")
+        if not field.nullable and (nulls := sum(_nulls(file, field.name))):
+            raise BadInput(f"{name}: {nulls} rows have no {field.name!r}, which every row needs; ingest it again")
+
+
+def _check_hour(file: pq.ParquetFile, path: str, name: str) -> None:
+    """A join reads the hours that it needs: it would never see an event that lies in another one's folder."""
+    bounds = [bound for bound in _bounds(file, "timestamp") if bound is not None]
+    start = to_us(hour_of(path))
+    if any(not start <= bound < start + HOUR_US for bound in bounds):
+        raise BadInput(
+            f"{name}: its events are from {from_us(min(bounds))} to {from_us(max(bounds))}, not of the UTC hour that "
+            "its folder names; ingest it again"
+        )
+
+
+def _nulls(file: pq.ParquetFile, column: str) -> Iterator[int]:
+    """Nulls of a flat column, by row group: from the footer's statistics; without statistics the column is read."""
+    for group, found in _statistics(file, column):
+        known = found is not None and found.has_null_count
+        yield found.null_count if known else file.read_row_group(group, [column])[column].null_count
+
+
+def _bounds(file: pq.ParquetFile, column: str) -> Iterator[int | None]:
+    """The smallest and largest values (us) of a column of times, by row group; None of a group without rows."""
+    for group, found in _statistics(file, column):
+        if found is not None and found.has_min_max:
+            yield from (found.min_raw, found.max_raw)
+        else:
+            values = file.read_row_group(group, [column])[column].cast(pa.int64())
+            yield from pc.min_max(values).as_py().values()
+
+
+def _statistics(file: pq.ParquetFile, column: str) -> Iterator[tuple[int, Any]]:
+    """The statistics of a flat column in each row group, or None; leaves of nested columns may have its name."""
+    index = next(i for i in range(len(file.schema)) if file.schema.column(i).path == column)
+    for group in range(file.num_row_groups):
+        yield group, file.metadata.row_group(group).column(index).statistics
 
 
 def _open(storage: Storage, path: str) -> Any:
