@@ -31,6 +31,8 @@ SCHEMAS: Final = {"impressions": IMPRESSIONS, "actions": ACTION_EVENTS}
 HOUR: Final = timedelta(hours=1)
 HOUR_US: Final = HOUR // timedelta(microseconds=1)
 _PARTITION = re.compile(r"/dt=(\d{4}-\d{2}-\d{2})/hour=(\d{2})/[^/]+\.parquet$")
+_SOURCE = r"(events/(?:impressions|actions)/dt=[^/]*/hour=[^/]*/[^/]*)$"
+_GLOB = re.compile(r"([\[\]{}*?\\])")
 _SPARK_TYPES = {
     pa.int64(): "bigint",
     pa.int32(): "int",
@@ -77,7 +79,7 @@ def read(spark: SparkSession, storage: Storage, paths: list[str], schema: pa.Sch
     if not paths:
         return spark.createDataFrame([], spark_schema(schema))
     reader = spark.read.schema(spark_schema(schema)).option("recursiveFileLookup", "true")
-    return reader.parquet(*[storage.spark_url(path) for path in paths])
+    return reader.parquet(*[_GLOB.sub(r"\\\1", storage.spark_url(path)) for path in paths])  # names, not patterns
 
 
 def read_events(spark: SparkSession, storage: Storage, kind: str, paths: list[str]) -> DataFrame:
@@ -85,7 +87,7 @@ def read_events(spark: SparkSession, storage: Storage, kind: str, paths: list[st
     from pyspark.sql import functions as F
 
     rows = read(spark, storage, paths, SCHEMAS[kind])
-    source = F.regexp_extract(F.col("_metadata.file_path"), r"(events/.*)$", 1) if paths else F.lit("")
+    source = F.regexp_extract(F.col("_metadata.file_path"), _SOURCE, 1) if paths else F.lit("")
     return (
         rows.withColumn("source", source)
         .withColumn("timestamp_us", F.unix_micros("timestamp"))

@@ -1,4 +1,4 @@
-"""Files of the event log: what a join believes of them."""
+"""Files of the event log: what a join believes of them, and that their names are taken as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from components.errors import BadInput
 from components.schemas import IMPRESSIONS, TIMESTAMP
 from components.storage import Storage
 from spark_jobs.event_log import check_files
-from tests.spark_jobs.log import at, impression, table
+from tests.spark_jobs.log import HOURS, action, at, impression, interactions, join, quarantined, table, write
 
 PATH = "events/impressions/dt=2026-03-01/hour=10/log.parquet"
 
@@ -49,3 +49,12 @@ def test_a_sound_file_is_counted_whatever_else_it_holds(storage: Storage, statis
     rows = table("impressions", [impression(1, 5, 0), impression(2, 5, 59)])
     nested = pa.array([{"user_id": None}] * 2, pa.struct([("user_id", pa.int64())]))
     assert check_files(storage, written(storage, rows.add_column(0, "context", nested), statistics), IMPRESSIONS) == 2
+
+
+def test_a_root_may_have_any_name(spark: object, tmp_path: Path) -> None:
+    storage = Storage(f"file://{tmp_path}/events/{{store}} [1]*")
+    write(storage, "impressions", [impression(1, 5, 10)])
+    (lost,) = write(storage, "actions", [action(9, 9, 10)])
+    join(storage, HOURS[0])
+    assert [row["request_id"] for row in interactions(storage, HOURS[0])] == [1]
+    assert [row["source"] for row in quarantined(storage, HOURS[0])] == [lost]
