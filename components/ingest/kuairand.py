@@ -69,7 +69,7 @@ def _add_log(batch: Batch, rows: Rows, config: IngestConfig, now_us: int) -> Non
     batch.set_aside(rows.bad(inside))
     keep = np.flatnonzero(rows.good & inside & ~copies)
     request = request_ids(user, video, time)
-    acted = time + np.minimum(np.rint(np.nan_to_num(play_ms) * 1000).astype(np.int64), LONGEST_PLAY_US)
+    acted = time + np.rint(np.minimum(np.nan_to_num(play_ms) * 1000, LONGEST_PLAY_US)).astype(np.int64)
     batch.impressions = pa.concat_tables(
         [batch.impressions, impressions_table(request[keep], user[keep], video[keep], time[keep], page=page[keep])]
     )

@@ -20,6 +20,7 @@ from components.windows import parse_time
 EARLIEST_US = 631_152_000_000_000
 """1990-01-01: an earlier time is a wrong unit or a default value, never an event."""
 
+LARGEST = float(np.finfo(np.float32).max)
 _EXACT = 2**53
 _INTEGER = re.compile(r"(?P<whole>[+-]?[0-9]{1,20})(?P<point>\.0*)?")
 _UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -74,7 +75,7 @@ class Rows:
         return np.where(readable & (values >= EARLIEST_US) & (values <= now_us), values, 0)
 
     def numbers(self, name: str, missing: float | None = None) -> NDArray[np.float64]:
-        """Finite numbers >= 0. Empty values are bad unless `missing` gives their value."""
+        """Numbers >= 0 that float32 can hold. Empty values are bad unless `missing` gives their value."""
         return self._numbers(name, self._column(name), missing)
 
     def _numbers(self, name: str, column: pa.Array, missing: float | None) -> NDArray[np.float64]:
@@ -84,6 +85,7 @@ class Rows:
         values = _floats(column)
         self.reject(~np.isfinite(values) & ~empty, f"not_a_number_{name}")
         self.reject((values < 0) & ~empty, f"negative_{name}")
+        self.reject((values > LARGEST) & ~empty, f"too_large_{name}")
         return np.where(empty, np.nan if missing is None else missing, values)
 
     def flags(self, name: str) -> NDArray[np.bool_]:

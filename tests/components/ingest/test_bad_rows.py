@@ -28,6 +28,7 @@ BAD_ROWS: dict[str, dict[str, Any]] = {
     "missing_action": {"action": None},
     "missing_value": {"action": "watch"},
     "negative_value": {"action": "watch", "value": -2},
+    "too_large_value": {"action": "watch", "value": 1e39},
     "not_a_number_value": {"action": "rating", "value": "NaN"},
 }
 

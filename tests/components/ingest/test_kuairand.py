@@ -93,6 +93,16 @@ def test_the_real_kuairand_log_is_read_to_the_last_row(store: Storage) -> None:
     assert result.impressions == sum(store.read_table(p).num_rows for p in store.list("events/impressions"))
 
 
+@pytest.mark.parametrize(("play_ms", "bad"), [("1e300", {"too_large_play_time_ms": 1}), ("1e38", {})])
+def test_no_play_time_stops_the_others(store: Storage, kuairand: Path, play_ms: str, bad: dict[str, int]) -> None:
+    log = kuairand / "data" / "log_standard_4_22_to_5_08_pure.csv"
+    log.write_text(KUAIRAND_LOG.replace("7200000", play_ms))
+    result = ingest(store, source="kuairand", path=str(kuairand), max_bad_share=0.2)
+    assert (result.impressions, result.quarantined) == (4 - len(bad), bad)
+    acted = events(store, "actions")
+    assert acted[acted.user_id == 9].timestamp.tolist() == [1651400000000000 + 1_800_000_000] * (1 - len(bad))
+
+
 def test_missing_kuairand_columns_are_named(store: Storage, kuairand: Path) -> None:
     log = kuairand / "data" / "log_standard_4_22_to_5_08_pure.csv"
     log.write_text(KUAIRAND_LOG.replace("time_ms,is_click", "time,is_click"))
