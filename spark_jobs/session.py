@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -51,7 +51,7 @@ def default() -> str:
 def session(where: str = "", root: str = "") -> SparkSession:
     """A session on `where` (see the module text; empty = `default()`) that can read and write the storage `root`.
 
-    BadInput when no JDK 17+ is found or when no Spark Connect server answers.
+    BadInput when no JDK 17+ is found; FreshetError when no Spark Connect server answers: it may be starting again.
     """
     where = where or default()
     if where.startswith("sc://"):
@@ -164,7 +164,7 @@ def _connect(where: str) -> SparkSession:
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
-        raise BadInput(
+        raise FreshetError(
             f"no Spark Connect server answers at {where} ({error}); start one with python -m spark_jobs.server, "
             f"or set FRESHET_SPARK={DEFAULT}"
         ) from error

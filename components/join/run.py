@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 from components.join.config import JoinConfig
 from components.manifests import Manifest, find, new_attempt, publish
 from components.schemas import ACTION_EVENTS, IMPRESSIONS, INTERACTIONS, QUARANTINE
@@ -48,7 +48,10 @@ class JoinResult(BaseModel):
 
 
 def run(config: JoinConfig) -> JoinResult:
-    """Join one window. BadInput: too early, no impressions, broken log files, an overlapping window, failed checks."""
+    """Join one window. BadInput: too early, no impressions, broken log files, an overlapping window, failed checks.
+
+    FreshetError when another join published meanwhile: the same again may succeed.
+    """
     storage = Storage(config.root)
     window = Window.parse(config.window)
     folder = f"{FOLDER}/window={window.key}"
@@ -99,7 +102,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
         finally:
             result.unpersist()
     if published(storage) != joined_before:
-        raise BadInput("another window was published during this join; join one window at a time, run this one again")
+        raise FreshetError("another window was published during this join; join one at a time, run this one again")
     manifest = Manifest(
         kind="interactions",
         name=window.key,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from components.config import cli
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 from components.join import run as step
 from components.join.config import JoinConfig
 from components.manifests import read_part
@@ -31,6 +31,7 @@ from tests.spark_jobs.log import (
     impression,
     interactions,
     join,
+    publish_interactions,
     quarantined,
     table,
     write,
@@ -134,6 +135,21 @@ def test_a_join_that_died_before_its_manifest_leaves_nothing_and_is_repeated(
     storage.delete(result.quarantine)
     join(storage, HOURS[0])
     assert len(quarantined(storage, HOURS[0])) == 1, "a death between manifest and quarantine is healed"
+
+
+def test_a_join_beside_another_one_may_be_tried_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(storage, "impressions", [impression(1, 5, 10)])
+    original = step._write
+
+    def meanwhile(*arguments: Any) -> dict[str, list[str]]:
+        publish_interactions(storage, HOURS[1], [])
+        return original(*arguments)
+
+    monkeypatch.setattr(step, "_write", meanwhile)
+    with pytest.raises(FreshetError, match="another window was published during this join") as error:
+        join(storage, HOURS[0])
+    assert error.value.exit_code == 1
+    assert step.published(storage) == [HOURS[1]]
 
 
 def test_too_many_actions_without_impression_fail_with_a_report_that_names_the_reasons(storage: Storage) -> None:

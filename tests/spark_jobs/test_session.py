@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 from components.storage import Storage
 from spark_jobs import session
 from tests.spark_jobs.log import HOURS, action, impression, write
@@ -47,7 +47,7 @@ def test_without_a_new_enough_java_the_error_says_what_to_install(
 
 
 def test_a_connect_server_that_does_not_answer_is_named_with_the_command_that_starts_one() -> None:
-    with pytest.raises(BadInput, match=r"sc://127\.0\.0\.1:9 .*start one with python -m spark_jobs\.server"):
+    with pytest.raises(FreshetError, match=r"sc://127\.0\.0\.1:9 .*start one with python -m spark_jobs\.server"):
         session.session("sc://127.0.0.1:9")
 
 
