@@ -96,13 +96,14 @@ def item_files(storage: Storage) -> list[str]:
 
 
 def read_items(storage: Storage, files: Sequence[str] | None = None) -> Items:
-    """The item log, or these files of it, in order of name; a later row of the same item wins."""
+    """The item log, or these files of it, in order of name; a later row of the same item wins.
+
+    BadInput names a file that holds no items.
+    """
     from model.catalogue import ItemCatalogue
 
     paths = item_files(storage) if files is None else files
-    table = pa.concat_tables(
-        [ITEMS.empty_table(), *(storage.read_table(p).select(ITEMS.names).cast(ITEMS) for p in paths)]
-    )
+    table = pa.concat_tables([ITEMS.empty_table(), *(storage.read_table_as(path, ITEMS) for path in paths)])
     ids = table["item_id"].to_numpy()
     unique, last = np.unique(ids[::-1], return_index=True)
     place = len(ids) - 1 - last

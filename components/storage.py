@@ -207,11 +207,26 @@ class Storage:
         return json.loads(self.read_bytes(path))
 
     def read_table(self, path: str) -> pa.Table:
-        """Read one Parquet file; BadInput names a file that is truncated or no Parquet."""
+        """Read one Parquet file; BadInput names a file that is truncated, damaged or no Parquet."""
+        data = pa.BufferReader(self.read_bytes(path))
         try:
-            return pq.read_table(pa.BufferReader(self.read_bytes(path)))
-        except pa.ArrowInvalid as error:
+            return pq.read_table(data)
+        except (pa.ArrowException, OSError) as error:  # OSError: of damaged pages, the bytes are here already
             raise BadInput(f"{self.url(path)} is not a readable Parquet file ({error}); write it again") from error
+
+    def read_table_as(self, path: str, schema: pa.Schema) -> pa.Table:
+        """Read the columns of `schema` of one Parquet file; a nullable column that the file lacks is null.
+
+        BadInput names a file that is unreadable, lacks another column, or holds what the schema does not allow.
+        """
+        table = self.read_table(path)
+        lacking = [field for field in schema if field.nullable and field.name not in table.column_names]
+        for field in lacking:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+        try:
+            return table.select(schema.names).cast(schema)
+        except (KeyError, ValueError, pa.ArrowException) as error:
+            raise BadInput(f"{self.url(path)} does not hold what it must ({error}); write it again") from error
 
     def write_table(self, path: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

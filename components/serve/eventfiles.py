@@ -66,12 +66,11 @@ class EventFiles:
         return [f"events/{kind}/dt={day}" for kind in _KINDS for day in sorted(days)]
 
     def _read(self, path: str, kind: str) -> pa.Table:
-        schema = _KINDS[kind]
         try:
-            return self.storage.read_table(path).select(schema.names).cast(schema)
-        except (BadInput, KeyError, pa.ArrowInvalid) as error:
+            return self.storage.read_table_as(path, _KINDS[kind])
+        except BadInput as error:
             log.error("%s is left out of the history: %s", path, error)
-            return schema.empty_table()
+            return _KINDS[kind].empty_table()
 
 
 def _day(path: str) -> date:

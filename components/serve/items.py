@@ -62,8 +62,8 @@ class ItemFolder:
 
     def _read(self, path: str) -> pa.Table:
         try:
-            return self.storage.read_table(path).select(ITEMS.names).cast(ITEMS)
-        except (BadInput, KeyError, pa.ArrowInvalid) as error:
+            return self.storage.read_table_as(path, ITEMS)
+        except BadInput as error:
             log.error("%s is left out: %s", path, error)
             return ITEMS.empty_table()
 

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from components.schemas import ACTION_EVENTS, IMPRESSIONS, action_bit
 from components.serve.api import EARLIEST_US, EventsBody, ImpressionIn
+from components.serve.eventfiles import EventFiles
 from components.serve.history import History
 from components.serve.intake import Intake
 from components.serve.journal import Journal
 from components.serve.metrics import Metrics
 from components.serve.shipping import to_table
+from components.storage import Storage
 from model.inputs import Queries, UserEvents, build_tokens
 from tests.components.serving import HOUR_US, catalogue
 
@@ -194,6 +196,27 @@ def test_events_sent_again_change_nothing(clock: Clock) -> None:
     after = h.snapshot(1)[1]
     assert after.known_at.tolist() == before.known_at.tolist() == [100]
     assert after.action_known_at.tolist() == before.action_known_at.tolist() == [200]
+
+
+def test_a_file_that_breaks_the_contract_hides_no_other_and_what_is_optional_may_lack(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [to_table([impression(request, 7, 900)], IMPRESSIONS) for request in range(3)]
+    nulls = rows[0].cast(pa.schema([field.with_nullable(True) for field in IMPRESSIONS]))
+    nulls = nulls.set_column(1, "user_id", pa.array([None], pa.int64()))
+    lists = rows[1].set_column(1, "user_id", pa.array([[1]]))
+    plain = rows[2].select([field.name for field in IMPRESSIONS if not field.nullable])
+    folder = "events/impressions/dt=1970-01-01/hour=00"
+    for name, some in {"nulls": nulls, "lists": lists, "plain": plain}.items():
+        storage.write_table(f"{folder}/{name}.parquet", some)
+    storage.write_table(f"{folder}/damaged.parquet", to_table([impression(i, i, 900) for i in range(200)], IMPRESSIONS))
+    data = storage.read_bytes(f"{folder}/damaged.parquet")
+    storage.write_bytes(f"{folder}/damaged.parquet", data[:8] + bytes(300) + data[308:])
+    h = history(Clock())
+    assert EventFiles(storage, h, days=1).refresh(own="server-") == 1
+    assert h.snapshot(1)[1].request_id.tolist() == [2]
+    for name in ("nulls", "lists", "damaged"):
+        assert f"{name}.parquet is left out of the history" in caplog.text
 
 
 def test_an_action_that_comes_before_its_impression_counts_once_both_are_known(clock: Clock) -> None:

@@ -6,8 +6,11 @@ import itertools
 import logging
 import random
 
+import pyarrow as pa
 import pytest
 
+from components.errors import BadInput
+from components.sequence_data import read_items
 from components.serve import items as items_module
 from components.serve.items import ItemFolder, Items
 from components.storage import Storage
@@ -80,3 +83,21 @@ def test_an_unreadable_file_is_reported_once_and_left_out(storage: Storage, capl
         folder.refresh()
     assert len(caplog.records) == 1 and "items/b.parquet is left out" in caplog.text
     assert categories(folder.items) == {1: 1}
+
+
+def test_items_without_what_is_optional_are_read_and_a_file_with_nulls_stops_no_other(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = pa.table({"item_id": [7], "author_id": [1], "category": [5]})
+    storage.write_table("items/a.parquet", ids)
+    folder = ItemFolder(storage)
+    folder.refresh()
+    assert categories(folder.items) == {7: 5}
+    assert read_items(storage).item_id.tolist() == [7]
+    storage.write_table("items/b.parquet", ids.set_column(1, "author_id", pa.array([None], pa.int64())))
+    write(storage, "c", [8], 6)
+    folder.refresh()
+    assert categories(folder.items) == {7: 5, 8: 6}
+    assert "items/b.parquet is left out" in caplog.text
+    with pytest.raises(BadInput, match=r"items/b\.parquet does not hold what it must .* write it again"):
+        read_items(storage)
