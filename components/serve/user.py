@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from components.schemas import ACTIONS, action_bit
@@ -24,6 +25,9 @@ ACTION_ROW = np.dtype(
         ("value", "f4"),
     ]
 )  # fmt: skip
+_FIRST_IMPRESSION = ("known_at", "timestamp", "position", "page", "version", "delta")
+_FIRST_ACTION = ("timestamp", "known_at", "value")
+"""Of copies the smallest in these columns stays, as in the join: two may come in one batch."""
 _MASKS = {name: action_bit(name) for name in ACTIONS}
 
 
@@ -50,9 +54,8 @@ class User:
 
     def add(self, new: UserRows, limit: int) -> None:
         """Add events; of equal keys one stays, the same as in the join. Keeps about `limit` interactions."""
-        impressions = _first(self._rows.impressions, new.impressions, ("request_id", "item_id"), ("known_at",))
-        key = ("request_id", "item_id", "mask")
-        actions = _first(self._rows.actions, new.actions, key, ("timestamp", "known_at"))
+        impressions = _first(self._rows.impressions, new.impressions, ("request_id", "item_id"), _FIRST_IMPRESSION)
+        actions = _first(self._rows.actions, new.actions, ("request_id", "item_id", "mask"), _FIRST_ACTION)
         rows = UserRows(impressions, actions)
         if len(impressions) > limit + limit // 4 or len(actions) > 8 * limit:
             rows = _newest(rows, limit)
@@ -118,7 +121,8 @@ def build_events(user_id: int, rows: UserRows, attribution_us: int) -> UserEvent
 
 
 def split_by_user(impressions: pa.Table, actions: pa.Table) -> Iterator[tuple[int, UserRows]]:
-    """Tables of the event log -> each user's rows."""
+    """Tables of the event log -> each user's rows; unknown actions, which the join sets aside, are left out."""
+    actions = actions.filter(pc.is_in(actions["action"], pa.array(ACTIONS)))
     shown, acted = _impression_rows(impressions), _action_rows(actions)
     by_shown = _groups(impressions, shown)
     by_acted = _groups(actions, acted)
@@ -156,7 +160,7 @@ def _action_rows(table: pa.Table) -> NDArray[np.void]:
     rows["known_at"] = np.maximum(rows["timestamp"], _numbers(table["received_at"], 0))
     rows["value"] = _numbers(table["value"], 0.0)
     names = table["action"].to_pylist()
-    rows["mask"] = [_MASKS.get(name, 0) for name in names]
+    rows["mask"] = [_MASKS[name] for name in names]
     return rows
 
 

@@ -22,7 +22,10 @@ from components.serve.journal import Journal
 from components.serve.metrics import Metrics
 from components.serve.shipping import to_table
 from components.storage import Storage
+from components.windows import Window, from_us
 from model.inputs import Queries, UserEvents, build_tokens
+from spark_jobs import reference
+from spark_jobs.join import Rules
 from tests.components.serving import HOUR_US, catalogue
 
 CLICK, LIKE, WATCH = (action_bit(name) for name in ("click", "like", "watch"))
@@ -196,6 +199,20 @@ def test_events_sent_again_change_nothing(clock: Clock) -> None:
     after = h.snapshot(1)[1]
     assert after.known_at.tolist() == before.known_at.tolist() == [100]
     assert after.action_known_at.tolist() == before.action_known_at.tolist() == [200]
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_of_copies_that_come_together_the_one_stays_that_the_join_takes(clock: Clock, way: int) -> None:
+    h = history(clock)
+    shown = [impression(1, 7, 100, page=page, position=position) for page, position in ((5, 1), (2, 1), (3, 0))]
+    acted = [action(1, 7, 200, "watch", value=value) for value in (10.0, 5.0)]
+    load(h, shown[::way], [*acted[::way], action(1, 7, 150, "an action of another version")])
+    events = h.snapshot(1)[1]
+    rules = Rules(Window(from_us(0), from_us(10**6)), attribution_window_s=3600, max_lateness_s=0, memory_s=0)
+    (row,) = reference.join(shown, acted, [], rules).interactions
+    assert (events.page.tolist(), events.position.tolist()) == ([row["page"]], [row["position"]]) == ([3], [0])
+    assert events.watch_s.tolist() == [row["watch_s"]] == [5.0]
+    assert events.action_mask.tolist() == [WATCH], "the join sets unknown actions aside"
 
 
 def test_a_file_that_breaks_the_contract_hides_no_other_and_what_is_optional_may_lack(
