@@ -70,24 +70,22 @@ def _request_times(world: World, rng: np.random.Generator, count: int) -> Ints:
     candidates = rng.integers(world.start_us, world.end_us, 3 * count)
     hour = candidates % DAY_US / 3.6e9
     accepted = candidates[rng.random(3 * count) * 1.6 < 1 + 0.6 * np.sin(2 * np.pi * (hour - 13) / 24)]
-    return np.sort(np.resize(accepted, count))
+    return np.sort(np.resize(accepted if len(accepted) else candidates, count))  # of a few perhaps none
 
 
 def _slates(world: World, rng: np.random.Generator, times: Ints) -> _Shown:
     society, count = world.society, len(times)
     user = world.user_ids[rng.choice(world.config.world_users, count, p=society.activity)]
     page = 1 + rng.choice(len(society.page_share), count, p=society.page_share)
-    chosen = np.concatenate(
-        [_choose(world, rng, block) for block in np.array_split(times, max(1, count // 500))], axis=0
-    )
+    blocks = [_choose(world, rng, block) for block in np.array_split(times, max(1, count // 500))]
     request_id = request_ids(world.config.world_seed, world.end_us, np.arange(count))
-    size = chosen.shape[1]
+    size = np.concatenate([np.full(len(block), block.shape[1]) for block in blocks])  # less where fewer are alive
     return _Shown(
         request_id=np.repeat(request_id, size),
         user=np.repeat(user, size),
-        item=chosen.ravel(),
+        item=np.concatenate([block.ravel() for block in blocks]),
         page=np.repeat(page, size),
-        position=np.tile(np.arange(size), count),
+        position=np.concatenate([np.tile(np.arange(block.shape[1]), len(block)) for block in blocks]),
         time_us=np.repeat(times, size),
     )
 

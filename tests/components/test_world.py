@@ -86,6 +86,21 @@ def test_every_shown_item_is_alive_at_its_request_and_slates_hold_ten_distinct_i
     assert shown.request_id.between(0, 2**53 - 1).all()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_world_with_few_items_at_times_shows_shorter_slates(seed: int) -> None:
+    world = small(world_seed=seed, world_items=20, world_lifetime_days=0.11, world_impressions=12_000)
+    shown = simulate_history(world).impressions.to_pandas().drop_duplicates(["request_id", "item_id"])
+    sizes = shown.groupby("request_id").size()
+    assert sizes.max() <= 10 and sizes.min() > 0
+    assert (shown.groupby("request_id").position.max() == sizes - 1).all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_history_of_one_request_has_it_within_the_history(seed: int) -> None:
+    world = small(world_seed=seed, world_impressions=10)
+    assert times(simulate_history(world).impressions).min() >= world.start_us
+
+
 def test_the_history_has_the_schemas_of_the_event_log_and_never_comes_from_after_the_end() -> None:
     world = small()
     history = simulate_history(world)
