@@ -98,7 +98,10 @@ def read_csv(
             BytesIO(data),
             read_options=pa_csv.ReadOptions(column_names=list(names) or None, encoding=encoding),
             parse_options=pa_csv.ParseOptions(
-                delimiter=separator, quote_char='"' if quoted else False, invalid_row_handler=set_aside
+                delimiter=separator,
+                quote_char='"' if quoted else False,
+                newlines_in_values=quoted,  # else a value of several lines is torn where a block of the file ends
+                invalid_row_handler=set_aside,
             ),
             convert_options=pa_csv.ConvertOptions(
                 column_types={name.strip('"'): pa.string() for name in header},
@@ -107,13 +110,25 @@ def read_csv(
             ),
         )
     except pa.ArrowInvalid as error:
-        raise BadInput(f"{path} is not a readable CSV file ({error}); check its separator and encoding") from error
+        raise BadInput(
+            f"{path} is not a readable CSV file ({error}); check its separator, quotes and encoding"
+        ) from error
+    if quoted:
+        _refuse_open_quote(table, data, path)
     malformed.sort()
     return Raw(
         _checked(table, path, malformed),
         quarantine_table("raw", ["malformed_row"] * len(malformed), malformed, path.name),
         path.name,
     )
+
+
+def _refuse_open_quote(table: pa.Table, data: bytes, path: Path) -> None:
+    """A quote that is never closed takes all lines after it for one value: BadInput with how that value begins."""
+    last = table.column(table.num_columns - 1)[-1].as_py() if table.num_rows and table.num_columns else None
+    if isinstance(last, str) and "\n" in last and not data.rstrip().endswith(b'"'):
+        begin = last.split("\n", 1)[0][:80]
+        raise BadInput(f"{path} has a quote that is never closed, before {begin!r}; close it or remove it")
 
 
 def read_jsonl(path: Path) -> Raw:

@@ -48,6 +48,16 @@ def plain(path: Path, text: str) -> Path:
             r"log\.csv has several columns called 'item_id'; give each a name of its own",
         ),
         (
+            lambda d: plain(d / "log.csv", 'user_id,item_id,timestamp,title\n1,2,3,"open\n1,2,3,a\n1,2,3,b\n'),
+            {"source": "files"},
+            r"log\.csv has a quote that is never closed, before 'open'; close it",
+        ),
+        (
+            lambda d: plain(d / "log.csv", 'user_id,item_id,timestamp,title\n1,2,3,"open\n' + "1,2,3,a\n" * 400_000),
+            {"source": "files"},
+            r"log\.csv (has a quote that is never|is not a readable CSV file .* check its separator, quotes)",
+        ),
+        (
             lambda d: plain(d / "log.csv", "uid,item_id\n1,2\n"),
             {"source": "files"},
             "has no column user_id, timestamp; it has uid, item_id",

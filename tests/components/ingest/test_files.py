@@ -87,6 +87,13 @@ def test_an_impression_logged_again_with_other_feedback_stays_once_with_all_of_i
     assert result.actions == {"click": 1, "like": 1, "watch": 1}
 
 
+def test_values_of_several_lines_are_whole_in_a_file_of_any_size(store: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\n" + "".join(f'{n},"two\nlines {n}"\n' for n in range(100_000)))
+    result = ingest(store, source="files", path=str(path), kind="items")
+    assert (result.items, result.quarantined) == (100_000, {})
+
+
 def test_a_line_separator_inside_a_string_does_not_end_the_row(store: Storage, tmp_path: Path) -> None:
     row = {"user_id": "a\u2028b", "item_id": "x\x85y", "timestamp": 1700000000}
     path = tmp_path / "log.jsonl"
