@@ -34,7 +34,7 @@ def follow(storage: Storage, config: RolloutConfig, result: RolloutResult, actio
     deadline, told, trouble = time.monotonic() + config.wait_s, "", None
     while True:
         if actions:
-            actions, trouble = _try_apply(actions, config.tracking_uri)
+            actions, trouble = _try_apply(storage, actions, config.tracking_uri)
         told = _tell(result, trouble, told)
         if not actions and _passed(result, config.until):
             return result
@@ -56,10 +56,12 @@ def _passed(result: RolloutResult, until: str) -> bool:
     return until != "promoted" and _ORDER.get(result.stage, -1) > _ORDER[until]
 
 
-def _try_apply(actions: tuple[Alias, ...], tracking_uri: str) -> tuple[tuple[Alias, ...], FreshetError | None]:
+def _try_apply(
+    storage: Storage, actions: tuple[Alias, ...], tracking_uri: str
+) -> tuple[tuple[Alias, ...], FreshetError | None]:
     """What is left to apply, and why: traffic does not wait for the registry, which is tried again at the next poll."""
     try:
-        apply(actions, tracking_uri)
+        apply(storage, actions, tracking_uri)
     except FreshetError as error:
         return actions, error
     return (), None

@@ -30,7 +30,7 @@ from components.rollout import record
 from components.rollout.assess import assess
 from components.rollout.config import RolloutConfig
 from components.rollout.evidence import Observation
-from components.rollout.machine import Order, step
+from components.rollout.machine import Order, aliases, step
 from components.rollout.observe import newest_version, observe
 from components.rollout.state import Alias, Release, RolloutState, Stage
 from components.storage import Storage
@@ -61,7 +61,7 @@ def run(config: RolloutConfig) -> RolloutResult:
         return _result(state, observe(storage, state, datetime.now(UTC), config.server()), False, state.subject)
     decided, actions = decide(storage, config)
     if config.until == "decision":
-        apply(actions, config.tracking_uri)
+        apply(storage, actions, config.tracking_uri)
         return decided
     from components.rollout.follow import follow
 
@@ -86,18 +86,24 @@ def decide(storage: Storage, config: RolloutConfig) -> tuple[RolloutResult, tupl
     raise BadInput(f"others decided first {_ATTEMPTS} times in a row; see --action=status and try again")
 
 
-def apply(actions: tuple[Alias, ...], tracking_uri: str) -> None:
-    """Set the aliases. They follow the record and every step sets them again, so a crash before this repairs itself."""
+def apply(storage: Storage, actions: tuple[Alias, ...], tracking_uri: str) -> None:
+    """Set the aliases. They follow the record and every step sets them again, so a crash before this repairs itself.
+
+    Whoever decided in the meantime may have set theirs before these: they are set until the record stands still.
+    """
     if tracking_uri == NO_REGISTRY:
         return
     from components.registry import Registry
 
     registry = Registry(tracking_uri)
-    for action in actions:
-        if action.version is None:
-            registry.delete_alias(action.model, action.alias)
-        else:
-            registry.set_alias(action.model, action.alias, action.version)
+    done: tuple[Alias, ...] = ()
+    while actions != done:
+        for action in actions:
+            if action.version is None:
+                registry.delete_alias(action.model, action.alias)
+            else:
+                registry.set_alias(action.model, action.alias, action.version)
+        done, actions = actions, aliases(record.current(storage))
 
 
 def _subject(state: RolloutState, config: RolloutConfig) -> Release | None:

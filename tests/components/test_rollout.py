@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -226,6 +226,33 @@ def test_a_crash_before_the_aliases_is_repaired_by_the_next_step(
     aliases.clear()
     go(storage, "start", ranker=2, retriever=2, tracking_uri="http://registry")
     assert len(aliases) == 2, "an unchanged state repairs its aliases too"
+
+
+def test_aliases_end_as_the_record_does_whoever_sets_them_last(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[tuple[str, str], int] = {}
+    where: Any = {"tracking_uri": "http://registry"}
+
+    class Registry:
+        aborts: ClassVar[list[str]] = []
+
+        def __init__(self, uri: str) -> None:
+            if self.aborts:  # while this decider is on its way to the registry, somebody aborts
+                go(storage, self.aborts.pop(), **where)
+
+        def set_alias(self, model: str, alias: str, version: int) -> None:
+            found[model, alias] = version
+
+        def delete_alias(self, model: str, alias: str) -> None:
+            found.pop((model, alias), None)
+
+    monkeypatch.setattr("components.registry.Registry", Registry)
+    canary(storage)
+    Registry.aborts.append("abort")
+    go(storage, "pause", **where)
+    assert record.current(storage).stage == "rolled_back"
+    assert found == {("ranker", "champion"): 1, ("retriever", "champion"): 1}
 
 
 def test_waiting_until_promoted_ends_with_the_promotion(storage: Storage) -> None:
