@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from components.errors import BadInput
+from components.errors import BadInput, CorruptLog
 from components.parameters.reader import LogReader
 from components.storage import Storage
 
@@ -23,23 +23,23 @@ VERSION = f"{PREFIX}version"
 def measure_champion(storage: Storage, model: str, version: int, items: Items, unseen: Part) -> dict[str, float]:
     """Its metrics under the names `champion_<metric>`, and `champion_version`.
 
-    Empty when it has learned from some of the events at every sync point that can still be restored.
+    Empty when it has learned from some of the events at every sync point that can still be restored, and when its log
+    is damaged or does not fit this software.
     """
     from components.parameters.bridge import build_model, load_into
     from components.quality import choose_items, measure
     from model.trainer import Trainer
 
     reader = LogReader(storage, model, version)
-    n = _newest_before(reader, unseen)
-    if n is None:
-        return {}
     try:
-        parameters = reader.load(n)
-    except BadInput as error:  # retention has given this sync point up: there is nothing to compare with
+        n = _newest_before(reader, unseen)
+        if n is None:
+            return {}
+        trainer = Trainer(build_model(model, reader.manifest(n).config, items.catalogue))
+        load_into(trainer, reader.load(n))
+    except (BadInput, CorruptLog) as error:  # a new version is the remedy: it must not fail for what it replaces
         print(f"the champion is not measured beside the candidate: {error}", file=sys.stderr)
         return {}
-    trainer = Trainer(build_model(model, reader.manifest(n).config, items.catalogue))
-    load_into(trainer, parameters)
     choose_items(trainer, items, unseen)
     metrics = measure(trainer, unseen.users).metrics
     return {VERSION: float(version)} | {PREFIX + name: value for name, value in metrics.items()}

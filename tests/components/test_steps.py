@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,22 @@ def test_a_champion_that_knows_the_events_already_is_not_compared_on_them(where:
     published_version(where)
     Registry(where["tracking_uri"]).set_alias("ranker", "champion", 1)
     assert not [name for name in published_version(where, seed=1)[0].metrics if name.startswith("champion_")]
+
+
+@pytest.mark.parametrize("damage", ["tables", "config"])
+def test_a_new_version_can_be_trained_when_the_champions_log_is_no_use(
+    where: dict[str, Any], capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    published_version(where, learn_eval=False)
+    Registry(where["tracking_uri"]).set_alias("ranker", "champion", 1)
+    storage = Storage(where["root"])
+    if damage == "tables":
+        storage.write_bytes(LogReader(storage, "ranker", 1).manifest(0).files["tables"].path, b"damaged")
+    else:
+        path = "parameters/ranker/1/snapshot-0/manifest.json"
+        manifest = storage.read_json(path)
+        manifest["config"]["a_setting_of_another_version"] = 1
+        storage.write_bytes(path, json.dumps(manifest).encode())
+    metrics = published_version(where, seed=1)[0].metrics
+    assert "auc_click" in metrics and not [name for name in metrics if name.startswith("champion_")]
+    assert "the champion is not measured beside the candidate" in capsys.readouterr().err
