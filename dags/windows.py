@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from airflow.sdk import CronPartitionTimetable, PartitionedAtRuntime
@@ -35,7 +35,7 @@ def schedule() -> dict[str, Any]:
     if not START:
         raise ValueError(f"FRESHET_CONTINUAL_CRON is set but FRESHET_CONTINUAL_START is not; {wanted}")
     start = parse_time(START)
-    if not croniter.match(CRON, start):
+    if croniter(CRON, start - timedelta(seconds=1)).get_next(datetime) != start:  # croniter.match overlooks seconds
         raise ValueError(f"FRESHET_CONTINUAL_START, {START}, is no tick of {CRON!r}; {wanted}")
     return {
         "schedule": CronPartitionTimetable(CRON, timezone="UTC", run_offset=-1, key_format="%Y%m%dT%H%M%SZ"),

@@ -229,7 +229,11 @@ def test_the_ticks_of_a_schedule_share_out_all_time_since_its_start(
 
 @pytest.mark.parametrize(
     ("start", "message"),
-    [("", "FRESHET_CONTINUAL_START is not; set it"), ("2022-05-01T00:30Z", "no tick of '0 * * * *'; set it")],
+    [
+        ("", "FRESHET_CONTINUAL_START is not; set it"),
+        ("2022-05-01T00:30Z", "no tick of '0 * * * *'; set it"),
+        ("2022-05-01T00:00:30Z", "no tick of '0 * * * *'; set it"),
+    ],
 )
 def test_a_schedule_says_where_its_first_window_begins(tmp_path: Path, start: str, message: str) -> None:
     source = """
