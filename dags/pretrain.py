@@ -4,7 +4,7 @@ Trains a new ranker and a new retriever from scratch, measures them on the eval 
 from that too, registers both as versions in MLflow, publishes their parameters, and starts their rollout. This is also
 the manual retraining: every setting is in the form.
 
-* **Dataset**: left empty, the newest one that `build_sequences` made.
+* **Dataset**: left empty, the newest one that `build_sequences` had made when the run was triggered.
 * Both models learn in the pool `gpu`; its number of slots is the number of models that train side by side.
 * Equal settings give the same checkpoint: run again, nothing is trained twice.
 * A task that was killed and runs again goes on from its newest save, at most **save_every_s** before its end.
@@ -41,10 +41,13 @@ ROLL_OUT = {
 }
 
 
-def newest_dataset(inlet_events: Any) -> str | None:
-    """The dataset id of the newest event of the asset `sequences`."""
-    events = inlet_events[SEQUENCES]
-    return events[-1].extra.get("dataset") if len(events) else None
+def newest_dataset(inlet_events: Any, dag_run: Any) -> str | None:
+    """The dataset id of the newest event of the asset `sequences` when the run was due.
+
+    Both models learn from it, and a task that runs again goes on with it, whatever is built meanwhile.
+    """
+    events = [event for event in inlet_events[SEQUENCES] if event.timestamp <= dag_run.run_after]
+    return events[-1].extra.get("dataset") if events else None
 
 
 class StartRollout(TriggerDagRunOperator):
@@ -77,10 +80,11 @@ with freshet_dag(
 
     released = release()
     for model in ("ranker", "retriever"):
+        dataset = Ref("params.dataset or newest_dataset(inlet_events, dag_run)")
         pretrain = component_task(
             f"pretrain_{model}",
             "pretrain",
-            {**from_form(FORM), "model": model, "dataset": Ref("params.dataset or newest_dataset(inlet_events)")},
+            {**from_form(FORM), "model": model, "dataset": dataset},
             gpu=True,
             inlets=[SEQUENCES],
         )

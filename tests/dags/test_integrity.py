@@ -177,6 +177,28 @@ answer([
     assert "not a time" in wrong and "no window" in none
 
 
+def test_both_models_and_every_try_learn_from_the_dataset_that_was_newest_at_the_trigger(tmp_path: Path) -> None:
+    source = """
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace as some
+from dags import pretrain
+from dags.assets import SEQUENCES
+due = datetime(2022, 5, 1, tzinfo=timezone.utc)
+events = [some(extra={"dataset": name}, timestamp=due + timedelta(hours=hours))
+          for name, hours in (("older", -2), ("newest", -1))]
+params = {name: pretrain.dag.params[name] for name in pretrain.dag.params}
+def learned_from(model, found):
+    templates = pretrain.dag.get_template_env()
+    flags = pretrain.dag.get_task(f"pretrain_{model}").flags
+    values = {"params": params, "inlet_events": {SEQUENCES: found}, "dag_run": some(run_after=due)}
+    return [text for flag in flags if (text := templates.from_string(flag).render(values)).startswith("--dataset")]
+later = some(extra={"dataset": "built meanwhile"}, timestamp=due + timedelta(hours=1))
+answer([learned_from("ranker", events), learned_from("retriever", [*events, later]), learned_from("ranker", [])])
+"""
+    ranker, retriever, none = call(tmp_path, source)
+    assert ranker == retriever == ["--dataset=newest"] and none == []
+
+
 ON_SCHEDULE = """
 import pendulum
 from types import SimpleNamespace as some
