@@ -188,10 +188,11 @@ class Engine:
         state = tracks.state
         used += [r for r in (state.champion, state.challenger, state.previous) if r is not None]
         keep = {("ranker", r.ranker) for r in used} | {("retriever", r.retriever) for r in used}
-        for key in self._loaded.keys() - keep:
+        for key in (self._loaded.keys() | self._failed.keys()) - keep:
             log.info("%s %d is no longer needed", *key)
-            del self._loaded[key]
-        self._failed = {key: failure for key, failure in self._failed.items() if key in keep}
+            self._loaded.pop(key, None)
+            self._failed.pop(key, None)
+            self.metrics.log_corrupt.remove(*key)
 
     def _measure(self) -> None:
         for gauge in (self.metrics.event_age, self.metrics.delta, self.metrics.rows):

@@ -75,6 +75,7 @@ class LoadedVersion:
         self._precision = precision
         self._retry_at = self._next_listing = 0.0
         self._served = self._load_what_is_sound()
+        metrics.log_corrupt.labels(name, version).set(self.error is not None)
 
     @property
     def n(self) -> int:

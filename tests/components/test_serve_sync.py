@@ -14,7 +14,8 @@ from components.parameters import log as parameter_log
 from components.parameters.compaction import compact
 from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
-from components.serve import loaded
+from components.rollout.state import Release
+from components.serve import engine, loaded
 from components.serve.config import ServeConfig
 from components.serve.server import Server
 from components.storage import Storage
@@ -26,6 +27,8 @@ from tests.components.serving import (
     build,
     clicks,
     items_of,
+    publish,
+    release,
     sessions,
     train_delta,
     wait_for,
@@ -189,6 +192,30 @@ def test_a_server_that_starts_on_a_damaged_log_serves_the_last_sound_point(toy_r
     with Live(toy_root) as live:
         assert live.rank(1, [ITEM_IDS[0]])["delta"] == 1
         assert "ranker 1" in live.status()["errors"] and live.status()["ready"]
+
+
+def test_a_log_is_reported_damaged_as_long_as_it_is_damaged_and_followed(
+    toy_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "RETRY_S", 0.1)
+    one, two = Release(ranker=1, retriever=1), Release(ranker=2, retriever=1)
+    corrupt = 'freshet_parameter_log_corrupt{model="ranker",version="2"}'
+    with Live(toy_root, sync_interval_s=0.05) as live:
+        model = build("ranker")
+        publish(live.storage, "ranker", 2, model, Trainer(model))
+        path, sound = damage(live.storage, 0, version=2)
+        release(live.storage, stage="shadow", champion=one, challenger=two)
+        wait_for(lambda: live.status()["errors"], 10)
+        assert live.metric(corrupt) == 1
+        live.storage.write_bytes(path, sound)
+        wait_for(lambda: "challenger" in live.status()["tracks"], 10)
+        assert live.metric(corrupt) == 0
+        train_delta(live.storage, "ranker", version=2)
+        train_delta(live.storage, "ranker", version=2)
+        damage(live.storage, 2, version=2)
+        wait_for(lambda: live.metric(corrupt) == 1, 10)
+        release(live.storage, stage="rolled_back", champion=one)
+        wait_for(lambda: corrupt not in live.server.metrics.text().decode(), 10)
 
 
 def test_a_gap_in_the_log_stops_the_sync_and_is_reported(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
