@@ -160,6 +160,8 @@ class Storage:
     """Everything Freshet keeps, under one root URL (`file:///folder` or `s3://bucket/prefix`)."""
 
     def __init__(self, root: str) -> None:
+        if "?" in root or "#" in root:
+            raise BadInput(f"root {root!r} has a ? or #, which end a path in a URL; choose a folder without")
         parsed = urlparse(root)
         self.root = root.rstrip("/")
         self.backend: Backend

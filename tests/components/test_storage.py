@@ -138,3 +138,9 @@ def test_a_write_that_dies_midway_leaves_the_old_content(tmp_path: Path, monkeyp
 def test_a_root_that_is_neither_files_nor_s3_is_refused(root: str) -> None:
     with pytest.raises(BadInput, match="neither file"):
         Storage(root)
+
+
+@pytest.mark.parametrize("root", ["file:///data/c#/store", "file:///data/what?", "s3://bucket/a#b"])
+def test_a_root_of_which_a_url_would_lose_the_end_is_refused(root: str) -> None:
+    with pytest.raises(BadInput, match=r"has a \? or #"):
+        Storage(root)
