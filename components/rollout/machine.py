@@ -11,7 +11,7 @@ only. A paused rollout keeps its share; nothing but an order to resume continues
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -49,7 +49,7 @@ def step(
     `policy` counts for `start`; a rollout under way keeps the policy that it started with. An order that does not fit
     the stage raises BadInput and says which does.
     """
-    now = max(now, state.at)  # the record never runs backwards, even when two machines' clocks differ
+    now = max(now, state.at + timedelta(microseconds=1))  # the record never runs backwards, though clocks differ
     state = _decide(state, observation, now, policy, order)
     return state, aliases(state)
 

@@ -103,6 +103,15 @@ def test_missing_data_pauses_after_the_longest_bake_time() -> None:
     assert (paused.stage, paused.share, paused.resume_to) == ("paused", 1000, "canary")
 
 
+def test_each_stage_begins_at_a_time_of_its_own_though_clocks_differ() -> None:
+    """Servers count the requests of a stage under the time at which it began."""
+    state = reach("canary")
+    slow = state.at - timedelta(minutes=1)  # the clock of the machine of whoever gives the orders
+    paused, _ = step(state, Observation(), slow, POLICY, Order(command="pause"))
+    resumed, _ = step(paused, Observation(), slow, POLICY, Order(command="resume"))
+    assert state.stage_since < paused.stage_since < resumed.stage_since
+
+
 def test_a_sample_ratio_mismatch_voids_even_the_best_numbers() -> None:
     state = reach("canary")
     skewed = Observation(champion=arm(1000, 0.3), challenger=arm(1000, 0.9), serving=GOOD_SERVING)
