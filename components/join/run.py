@@ -102,7 +102,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
         finally:
             result.unpersist()
     if published(storage) != joined_before:
-        raise FreshetError("another window was published during this join; join one at a time, run this one again")
+        raise FreshetError("a window was published during this join; join one window at a time, run this one again")
     manifest = Manifest(
         kind="interactions",
         name=window.key,

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, Field
 
-from components.errors import AlreadyExists, BadInput
+from components.errors import AlreadyExists, BadInput, FreshetError
 from components.rollout import record
 from components.rollout.assess import assess
 from components.rollout.config import RolloutConfig
@@ -83,7 +83,7 @@ def decide(storage: Storage, config: RolloutConfig) -> tuple[RolloutResult, tupl
             except AlreadyExists:
                 continue  # somebody else decided first: decide again on their state
         return _result(after, observation, after is not before, subject), actions
-    raise BadInput(f"others decided first {_ATTEMPTS} times in a row; see --action=status and try again")
+    raise FreshetError(f"others decided first {_ATTEMPTS} times in a row; see --action=status and try again")
 
 
 def apply(storage: Storage, actions: tuple[Alias, ...], tracking_uri: str) -> None:

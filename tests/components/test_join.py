@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from components.config import cli
-from components.errors import BadInput, FreshetError
+from components.errors import BadInput
 from components.join import run as step
 from components.join.config import JoinConfig
 from components.manifests import read_part
@@ -137,19 +137,22 @@ def test_a_join_that_died_before_its_manifest_leaves_nothing_and_is_repeated(
     assert len(quarantined(storage, HOURS[0])) == 1, "a death between manifest and quarantine is healed"
 
 
-def test_a_join_beside_another_one_may_be_tried_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", [HOURS[1], HOURS[0]], ids=["another window", "the same"])
+def test_a_join_that_another_one_overtook_is_tried_again(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, other: Window
+) -> None:
     write(storage, "impressions", [impression(1, 5, 10)])
     original = step._write
 
-    def meanwhile(*arguments: Any) -> dict[str, list[str]]:
-        publish_interactions(storage, HOURS[1], [])
+    def overtaken(*arguments: Any) -> Any:
+        publish_interactions(storage, other, [])
         return original(*arguments)
 
-    monkeypatch.setattr(step, "_write", meanwhile)
-    with pytest.raises(FreshetError, match="another window was published during this join") as error:
-        join(storage, HOURS[0])
-    assert error.value.exit_code == 1
-    assert step.published(storage) == [HOURS[1]]
+    command = [f"--root={storage.root}", f"--window={HOURS[0].key}", f"--spark={MASTER}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "_write", overtaken)
+        assert cli(JoinConfig, step.run, command) == 1
+    assert cli(JoinConfig, step.run, command) == 0
 
 
 def test_too_many_actions_without_impression_fail_with_a_report_that_names_the_reasons(storage: Storage) -> None:
