@@ -50,11 +50,12 @@ class EventFiles:
         """Event files within the horizon, by day."""
         paths = [path for prefix in self._prefixes() for path in self.storage.list(prefix) if path.endswith(".parquet")]
         dated = sorted((_day(path), path) for path in paths)
-        if dated:
-            self._newest = max(self._newest or date.min, dated[-1][0])
-        if self._newest is None:
+        if not dated:
             return []
+        before, self._newest = self._newest, max(self._newest or date.min, dated[-1][0])
         horizon = self._newest - timedelta(days=self.days)
+        if before != self._newest:  # servers write thousands of files a day: those of days gone by are forgotten
+            self._seen = {path for path in self._seen if _day(path) >= horizon}
         return [path for day, path in dated if day >= horizon]
 
     def _prefixes(self) -> list[str]:

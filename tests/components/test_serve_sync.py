@@ -15,8 +15,11 @@ from components.parameters.compaction import compact
 from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
 from components.rollout.state import Release
+from components.schemas import ACTION_EVENTS
 from components.serve import engine, loaded
 from components.serve.config import ServeConfig
+from components.serve.eventfiles import EventFiles
+from components.serve.history import History
 from components.serve.server import Server
 from components.storage import Storage
 from model.serving_table import PRECISIONS, served_weights
@@ -245,3 +248,15 @@ def test_history_days_bound_what_is_read_at_start(toy_root: Path) -> None:
     server = Server(ServeConfig(root=f"file://{toy_root}", history_days=3))
     server.files.refresh("none")
     assert [len(server.history.snapshot(user)[1]) > 0 for user in (1, 2)] == [False, True]
+
+
+def test_event_files_beyond_the_horizon_are_forgotten_and_none_is_read_twice(tmp_path: Path) -> None:
+    storage, history = Storage(f"file://{tmp_path}"), History(8, 8, 1)
+    files, read = EventFiles(storage, history, days=1), []
+    original = storage.read_table
+    storage.read_table = lambda path: read.append(path) or original(path)  # type: ignore[method-assign, func-returns-value]
+    paths = [f"events/actions/dt=2026-03-{day:02}/hour=00/server-other-1.parquet" for day in range(1, 10)]
+    for path in paths:
+        storage.write_table(path, ACTION_EVENTS.empty_table())
+        files.refresh("server-own-")
+    assert read == paths and files._seen == set(paths[-2:])
