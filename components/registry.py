@@ -76,7 +76,8 @@ class Registry:
             tags={TAG + name: value for name, value in tags.items()},
             description=f"Pretrained on {checkpoint.dataset}",
         )
-        return _version(created)
+        # a request whose answer was lost is sent again, and two tasks may be at it: all of them take the oldest
+        return self.find(checkpoint.model, checkpoint.run_id, path) or _version(created)
 
     def find(self, model: str, run_id: str, path: str) -> Version | None:
         """The version registered from this run's checkpoint, the oldest if there are several."""

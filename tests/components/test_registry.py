@@ -3,6 +3,7 @@ from __future__ import annotations
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,20 @@ def test_registering_twice_makes_one_version(registry: Registry) -> None:
     first = registry.register(entry, "file:///store/c", "c")
     assert registry.register(entry, "file:///store/c", "c") == first
     assert len(registry.versions("ranker")) == 1
+
+
+def test_a_lost_answer_to_the_registration_does_not_make_the_checkpoint_another_version(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, create = checkpoint(start_run(registry.tracking_uri)), registry.client.create_model_version
+
+    def sent_twice(**arguments: Any) -> Any:
+        create(**arguments)
+        return create(**arguments)
+
+    monkeypatch.setattr(registry.client, "create_model_version", sent_twice)
+    made = registry.register(entry, "file:///store/c", "c")
+    assert registry.register(entry, "file:///store/c", "c") == made
 
 
 def test_models_are_numbered_apart(registry: Registry) -> None:
