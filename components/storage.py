@@ -70,7 +70,7 @@ class LocalFiles:
 
     def _write_temporary(self, path: str, data: bytes) -> Path:
         target = self.folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
         with temporary.open("wb") as file:
             file.write(data)
@@ -234,6 +234,15 @@ class Storage:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         self.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, as far as they are missing, and their names durable."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

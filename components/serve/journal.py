@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from components.errors import BadInput
 from components.serve.shipping import ship
-from components.storage import Storage, sync_folder
+from components.storage import Storage, make_folder, sync_folder
 
 Rows = dict[str, list[dict[str, Any]]]
 """Kind (impressions, actions, quarantine, shadow) -> rows; times in int microseconds."""
@@ -41,7 +41,7 @@ class Journal:
         """Take the folder (BadInput when another server holds it) and ship the segments that a crash left."""
         self.folder, self.storage = folder, storage
         self.server = secrets.token_hex(6)  # new for each start, so that segment names never repeat
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.absolute())
         self._lock_file = _take(folder, storage.root)
         self._segment: BinaryIO | None = None
         self._number = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,23 @@ def test_a_write_that_dies_midway_leaves_the_old_content(tmp_path: Path, monkeyp
         files.write("value", b"new")
     assert files.read("value") == b"old"
     assert files.list("") == ["value"], "temporary files are never listed"
+
+
+@pytest.mark.parametrize("write", ["write", "create"])
+def test_the_folders_of_a_new_file_are_as_durable_as_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    synced: list[int] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        original(descriptor)
+
+    monkeypatch.setattr("components.storage.os.fsync", fsync)
+    getattr(LocalFiles(tmp_path / "root"), write)("a/b/value", b"1")
+    made = ("root/a/b/value", "root/a/b", "root/a", "root", ".")
+    assert {(tmp_path / name).stat().st_ino for name in made} == set(synced)
 
 
 @pytest.mark.parametrize("root", ["relative/path", "file://relative", "http://host/x", "s3://"])
