@@ -15,6 +15,9 @@ changed is published as the next delta of the version's parameter log, which the
 and joins it once its actions had the **attribution window** to arrive. The first window begins at
 `FRESHET_CONTINUAL_START`, up to which the past is joined. Ticks that pass while the DAG is paused are made up for, in
 order; a window in which nothing happened is passed.
+
+Airflow runs the windows of a **backfill** side by side and beside the schedule, and a window is refused once a later
+one is learned from: create it with `--max-active-runs=1`, not backwards, for windows that come after all learned ones.
 """
 
 from __future__ import annotations
