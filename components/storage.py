@@ -12,7 +12,7 @@ import secrets
 import time
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -160,12 +160,12 @@ class Storage:
     """Everything Freshet keeps, under one root URL (`file:///folder` or `s3://bucket/prefix`)."""
 
     def __init__(self, root: str) -> None:
-        if "?" in root or "#" in root:
-            raise BadInput(f"root {root!r} has a ? or #, which end a path in a URL; choose a folder without")
-        parsed = urlparse(root)
+        parsed = urlsplit(root)
         self.root = root.rstrip("/")
         self.backend: Backend
-        if parsed.scheme == "file" and parsed.path.startswith("/"):
+        if "?" in root or "#" in root:  # in a URL they end the path, so the rest of the folder's name would be lost
+            raise BadInput(f"root {root!r} has a ? or #; choose a folder or prefix without them")
+        if parsed.scheme == "file" and not parsed.netloc and parsed.path.startswith("/"):
             self.backend = LocalFiles(Path(parsed.path))
         elif parsed.scheme == "s3" and parsed.netloc:
             self.backend = S3(parsed.netloc, parsed.path.strip("/"))

@@ -6,7 +6,7 @@ import hashlib
 import math
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -74,7 +74,7 @@ class ServeConfig(StepConfig):
         """Where the journal lives; a function of root and port, so that a restart finds what a crash left."""
         if self.journal:
             return Path(self.journal)
-        parsed = urlparse(self.root)
+        parsed = urlsplit(self.root)
         if parsed.scheme == "file":
             return Path(parsed.path) / "serving" / "journal" / f"port-{self.port}"
         digest = hashlib.sha256(self.root.encode()).hexdigest()[:12]

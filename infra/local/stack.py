@@ -17,7 +17,7 @@ PORTS = {"airflow": 8080, "mlflow": 5000, "serve": 8000, "spark": 15002}
 
 
 def _home() -> Path:
-    return Path(os.environ.get("FRESHET_HOME", REPOSITORY / ".freshet"))
+    return Path(os.environ.get("FRESHET_HOME") or REPOSITORY / ".freshet").absolute()
 
 
 def _ports() -> dict[str, int]:

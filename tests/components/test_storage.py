@@ -152,13 +152,27 @@ def test_the_folders_of_a_new_file_are_as_durable_as_its_name(
     assert {(tmp_path / name).stat().st_ino for name in made} == set(synced)
 
 
-@pytest.mark.parametrize("root", ["relative/path", "file://relative", "http://host/x", "s3://"])
+@pytest.mark.parametrize("root", ["relative/path", "file://relative", "file://relative/path", "file://~/store"])
+@pytest.mark.parametrize("more", ["", "/"])
+def test_a_folder_that_is_not_absolute_is_refused_and_never_taken_for_one_under_the_file_systems_root(
+    root: str, more: str
+) -> None:
+    with pytest.raises(BadInput, match="neither file"):
+        Storage(root + more)
+
+
+@pytest.mark.parametrize("root", ["http://host/x", "s3://"])
 def test_a_root_that_is_neither_files_nor_s3_is_refused(root: str) -> None:
     with pytest.raises(BadInput, match="neither file"):
         Storage(root)
 
 
-@pytest.mark.parametrize("root", ["file:///data/c#/store", "file:///data/what?", "s3://bucket/a#b"])
-def test_a_root_of_which_a_url_would_lose_the_end_is_refused(root: str) -> None:
-    with pytest.raises(BadInput, match=r"has a \? or #"):
+@pytest.mark.parametrize("root", ["file:///tmp/c#/store", "file:///tmp/what?/store", "s3://bucket/c#"])
+def test_a_root_of_which_a_url_would_lose_a_part_is_refused(root: str) -> None:
+    with pytest.raises(BadInput, match="without them"):
         Storage(root)
+
+
+def test_a_semicolon_belongs_to_the_name_of_a_folder(tmp_path: Path) -> None:
+    Storage(f"file://{tmp_path}/a;b").write_bytes("x", b"1")
+    assert (tmp_path / "a;b" / "x").read_bytes() == b"1"
