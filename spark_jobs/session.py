@@ -45,7 +45,7 @@ ROWS_PER_TASK = 250_000
 
 def default() -> str:
     """The Spark that $FRESHET_SPARK names, else local[2]."""
-    return os.environ.get("FRESHET_SPARK", DEFAULT)
+    return os.environ.get("FRESHET_SPARK") or DEFAULT
 
 
 def session(where: str = "", root: str = "") -> SparkSession:
@@ -65,7 +65,7 @@ def session(where: str = "", root: str = "") -> SparkSession:
     if where != "submitted":
         builder = builder.master(where)
     spark = builder.getOrCreate()
-    _apply(spark, where)
+    _apply(spark)
     return spark
 
 
@@ -171,11 +171,11 @@ def _connect(where: str) -> SparkSession:
     from pyspark.sql import SparkSession
 
     spark = SparkSession.builder.remote(where).getOrCreate()
-    _apply(spark, where)
+    _apply(spark)
     return spark
 
 
-def _apply(spark: SparkSession, where: str) -> None:
+def _apply(spark: SparkSession) -> None:
     """Runtime settings, for sessions that existed before or live on a server."""
     for key, value in SQL_SETTINGS.items():
         spark.conf.set(key, value)

@@ -186,6 +186,18 @@ def test_of_two_deciders_one_decides(storage: Storage, monkeypatch: pytest.Monke
     assert [entry.stage for entry in record.history(storage)] == ["gate", "rolled_back"]
 
 
+def test_a_decision_that_others_always_forestall_may_be_tried_again(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: object) -> None:
+        raise AlreadyExists("serving/rollout/00000000.json")
+
+    monkeypatch.setattr(record, "append", taken)
+    with pytest.raises(FreshetError, match="others decided first") as lost:
+        go(storage, "start")
+    assert lost.value.exit_code == 1
+
+
 def test_the_record_never_changes_an_entry(storage: Storage) -> None:
     go(storage, "start", ranker=1, retriever=1)
     state = record.current(storage)

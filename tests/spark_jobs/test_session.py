@@ -47,8 +47,14 @@ def test_without_a_new_enough_java_the_error_says_what_to_install(
 
 
 def test_a_connect_server_that_does_not_answer_is_named_with_the_command_that_starts_one() -> None:
-    with pytest.raises(FreshetError, match=r"sc://127\.0\.0\.1:9 .*start one with python -m spark_jobs\.server"):
+    with pytest.raises(FreshetError, match=r"sc://127\.0\.0\.1:9 .*start one with python -m spark_jobs\.server") as e:
         session.session("sc://127.0.0.1:9")
+    assert e.value.exit_code == 1, "it may be starting: Airflow tries again"
+
+
+def test_an_empty_setting_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRESHET_SPARK", "")
+    assert session.default() == session.DEFAULT
 
 
 def test_an_s3_root_takes_its_settings_from_the_environment_that_boto3_reads(monkeypatch: pytest.MonkeyPatch) -> None:
