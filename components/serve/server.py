@@ -116,6 +116,8 @@ class Server:
         return self.engine.sync()
 
     def _follow(self) -> None:
+        import torch._dynamo  # noqa: F401  operators load it when first called, for seconds: not during a request
+
         last = ""
         while not self._stop.is_set():
             try:

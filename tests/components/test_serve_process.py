@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,21 @@ from tests.components.serving import (
 )
 
 USER = 4242
+FIRST_REQUEST = """
+import sys, threading
+from components.serve.api import RecommendBody
+from components.serve.config import ServeConfig
+from components.serve.server import Server
+
+server = Server(ServeConfig(root=sys.argv[1], sync_interval_s=0.01))
+server.start()
+while server.engine.why_not_ready():
+    threading.Event().wait(0.05)
+before = set(sys.modules)
+server.recommender.recommend(RecommendBody(user_id=4242, k=3))
+print(sorted(name for name in set(sys.modules) - before if name.startswith("torch")))
+server.stop()
+"""
 
 
 @pytest.mark.integration
@@ -74,3 +91,11 @@ def test_a_taken_port_is_an_error_that_says_what_to_do(tmp_path: Path, capsys: p
         port = taken.getsockname()[1]
         assert cli(ServeConfig, run, [f"--root=file://{tmp_path}", f"--port={port}"]) == 2
     assert "choose another --port" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_a_server_that_is_ready_has_loaded_what_its_first_request_needs(toy_root: Path) -> None:
+    """Seconds of loading in one request would be the 99th percentile that a rollout's guardrail judges."""
+    command = [sys.executable, "-c", FIRST_REQUEST, f"file://{toy_root}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
