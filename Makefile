@@ -86,5 +86,5 @@ lock: $(STAMP) ## resolve requirements.in again
 	@$(VENV)/bin/uv pip install -q -p $(VENV) -r requirements.in
 	@$(VENV)/bin/uv pip freeze -p $(VENV) | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//' > requirements.lock
 
-clean: down ## remove what was built and everything the demo wrote; keeps .venv
-	@rm -rf .freshet csrc/build model/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: down ## remove what was built and everything the demo wrote; keeps .venv and what `make up` holds
+	@rm -rf .freshet/demo csrc/build model/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

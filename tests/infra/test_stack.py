@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,11 @@ def test_a_relative_home_is_one_under_the_present_folder(tmp_path: Path, monkeyp
 def test_without_a_setting_the_home_belongs_to_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FRESHET_HOME", raising=False)
     assert Stack.default().home == REPOSITORY / ".freshet" / "local"
+
+
+def test_cleaning_removes_the_demo_and_leaves_the_events_and_models_of_make_up() -> None:
+    shown = subprocess.run(["make", "-n", "clean"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    (removed,) = (line.split() for line in shown.splitlines() if line.startswith("rm -rf"))
+    demo, local = (REPOSITORY / ".freshet" / name for name in ("demo", "local"))
+    gone = [REPOSITORY / word for word in removed[2:]]
+    assert demo in gone and not any(local.is_relative_to(path) for path in gone)
