@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from components.config import StepConfig
+from components.config import StepConfig, TimeText
 
 
 class SequencesConfig(StepConfig):
@@ -18,8 +18,10 @@ class SequencesConfig(StepConfig):
     window: str = Field(
         "", description="mode window: the joined window, START-END like 20220501T000000Z-20220502T000000Z"
     )
-    split: str = Field("", description="mode history: train before, evaluate from this time on (empty: no eval part)")
-    end: str = Field("", description="mode history: take the windows that end by this time (empty: all)")
+    split: TimeText = Field(
+        "", description="mode history: train before, evaluate from this time on (empty: no eval part)"
+    )
+    end: TimeText = Field("", description="mode history: take the windows that end by this time (empty: all)")
     context_interactions: int = Field(
         128, ge=0, le=8192, description="at most so many earlier interactions before those with loss"
     )

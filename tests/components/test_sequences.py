@@ -42,7 +42,6 @@ def config(**settings: Any) -> SequencesConfig:
         ({"end": "2026-03-01T10:30:00Z"}, f"lies inside the joined window {HOURS[0].key}"),
         ({"end": "2026-03-01T09:00:00Z"}, "no joined window ends by"),
         ({"split": "2026-03-01T13:00:00Z"}, "leaves train or eval empty"),
-        ({"split": "noon"}, "is not a time"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_a_remedy(
@@ -51,6 +50,16 @@ def test_settings_that_do_not_fit_are_refused_with_a_remedy(
     with pytest.raises(BadInput, match=message):
         build(storage, **settings)
     assert storage.list("sequences") == []
+
+
+def test_a_time_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="'noon' is not a time"):
+        config(split="noon")
+
+
+def test_one_moment_names_one_data_set_however_it_is_written() -> None:
+    spellings = ("2026-03-01", "2026-03-01T00:00:00Z", "20260301T000000Z", "2026-03-01T01:00:00+01:00")
+    assert len({dataset_id(config(split=text), HOURS[:1]) for text in spellings}) == 1
 
 
 def test_without_any_joined_window_the_step_says_to_join_first(tmp_path: Path) -> None:
