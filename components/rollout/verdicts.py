@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -36,19 +37,22 @@ def worst(verdicts: list[Verdict]) -> Verdict:
 def gate(observation: Observation, policy: Policy, has_champion: bool) -> Verdict:
     """Absolute limits on the candidate and, when there is a champion, limits on the change against it."""
     new, old = observation.offline_challenger, observation.offline_champion
-    verdicts = [_limit(limit, new.get(limit.name), "") for limit in parse_limits(policy.gate_limits)]
+    verdicts = [_limit(limit, new.get(limit.name), "", new) for limit in parse_limits(policy.gate_limits)]
     if has_champion:
+        both = new.keys() & old.keys()
         for limit in parse_limits(policy.gate_changes):
-            known = limit.name in new and limit.name in old
-            change = new[limit.name] - old[limit.name] if known else None
-            verdicts.append(_limit(limit, change, "change of "))
+            change = new[limit.name] - old[limit.name] if limit.name in both else None
+            verdicts.append(_limit(limit, change, "change of ", both))
     return worst(verdicts) if verdicts else Verdict("passed", "no gate limits are set")
 
 
-def _limit(limit: Limit, value: float | None, kind: str) -> Verdict:
+def _limit(limit: Limit, value: float | None, kind: str, known: Collection[str]) -> Verdict:
+    """known: the metrics that could be checked."""
     wanted = f"{kind}{limit.name} {limit.sign} {limit.bound:g}"
     if value is None or math.isnan(value):
         remedy = "pretrain again on a dataset with an eval part, beside the champion of now"
+        if names := sorted(name for name in known if name.startswith(f"{limit.model}.")):
+            remedy = f"there are {', '.join(names)}; abort, and start with limits on these"
         return Verdict("inconclusive", f"{wanted} cannot be checked: no value; {remedy}")
     return Verdict("passed" if limit.holds(value) else "failed", f"{wanted}: {value:.4g}")
 

@@ -87,6 +87,14 @@ def test_a_gate_without_metrics_pauses_and_names_what_is_missing() -> None:
     assert "ranker.auc_click" in state.reason and "pretrain again" in state.reason
 
 
+def test_a_limit_on_a_metric_that_the_candidate_lacks_pauses_and_names_those_it_has() -> None:
+    """As a log without clicks leads to, whatever is pretrained again."""
+    likes = Observation(offline_challenger={"ranker.auc_like": 0.7, "retriever.hr_10": 0.2})
+    state, _ = step(started(RolloutState(), OLD), likes, START, POLICY)
+    assert state.stage == "paused" and "pretrain again" not in state.reason
+    assert "there are ranker.auc_like; abort, and start with limits on these" in state.reason
+
+
 def test_approval_waits_for_a_person() -> None:
     policy = POLICY.model_copy(update={"approval": True})
     state = reach("approval", policy)
