@@ -72,7 +72,8 @@ def handle_errors(app: FastAPI) -> None:
     async def http(_: Request, error: StarletteHTTPException) -> JSONResponse:
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI: the body could not be decoded
             return _problem(422, f"malformed JSON: {error.__cause__}")
-        return _problem(error.status_code, str(error.detail))
+        hint = "; /docs shows what there is" if error.status_code in (404, 405) else ""
+        return _problem(error.status_code, f"{error.detail}{hint}")
 
     @app.exception_handler(NotReady)
     async def not_ready(_: Request, error: NotReady) -> JSONResponse:
@@ -103,6 +104,8 @@ def _explain(error: RequestValidationError) -> tuple[str, list[dict[str, str]]]:
         if entry["type"] == "json_invalid":
             reason = entry.get("ctx", {}).get("error", "not JSON")
             return f"malformed JSON at character {entry['loc'][-1]}: {reason}", []
+        if entry["loc"] == ("body",) and isinstance(entry["input"], bytes):
+            return "the body is not declared as JSON; send it with the header Content-Type: application/json", []
         problems.append({"field": _field(entry["loc"]), "message": _message(entry)})
     shown = problems[:_SHOWN_PROBLEMS]
     text = "; ".join(f"{p['field']}: {p['message']}" for p in shown)

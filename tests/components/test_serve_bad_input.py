@@ -40,7 +40,8 @@ def post(live: Live, path: str, body: Any) -> httpx.Response:
         ("/v1/rank", {"user_id": 1, "candidates": list(range(10**6))}, 413, "at most 10000 candidates"),
         ("/v1/events", {"impressions": 5}, 422, "impressions"),
         ("/v1/events", {"clicks": []}, 422, "clicks: Extra inputs"),
-        ("/v1/nowhere", {}, 404, "Not Found"),
+        ("/v1/nowhere", {}, 404, "Not Found; /docs shows"),
+        ("/livez", {}, 405, "Method Not Allowed; /docs shows"),
     ],
 )
 def test_wrong_input_is_refused_with_a_clear_message(
@@ -65,6 +66,13 @@ def test_wrong_input_is_refused_with_a_clear_message(
 def test_what_is_not_json_is_refused(live: Live, content: bytes, message: str) -> None:
     response = live.client.post("/v1/recommend", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 422 and message in response.json()["error"]
+
+
+def test_json_that_is_not_declared_as_such_is_refused_with_the_header_that_it_lacks(live: Live) -> None:
+    """What `curl -d` sends."""
+    header = {"content-type": "application/x-www-form-urlencoded"}
+    response = live.client.post("/v1/recommend", content=b'{"user_id": 1}', headers=header)
+    assert response.status_code == 422 and "Content-Type: application/json" in response.json()["error"]
 
 
 def test_a_body_without_declared_length_is_limited_too(live: Live) -> None:
