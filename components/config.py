@@ -29,7 +29,8 @@ CHANGES_NO_RESULT = frozenset({"save_every_s"})
 
 
 def default_root() -> str:
-    return os.environ.get("FRESHET_ROOT", f"file://{Path.cwd()}/.freshet/store")
+    """$FRESHET_ROOT, or the root of `make up`, to which the other defaults belong too: MLflow and the server."""
+    return os.environ.get("FRESHET_ROOT") or f"file://{Path.cwd()}/.freshet/local/store"
 
 
 def _readable_time(text: str) -> str:
@@ -50,7 +51,8 @@ class StepConfig(BaseModel):
 
     root: str = Field(
         default_factory=default_root,
-        description="storage root URL, file:///folder or s3://bucket/prefix (default: $FRESHET_ROOT)",
+        description="storage root URL, file:///folder or s3://bucket/prefix "
+        "(default: $FRESHET_ROOT, else .freshet/local/store here, as `make up` has it)",
     )
 
     def digest(self) -> str:
@@ -63,8 +65,8 @@ class TrackedConfig(StepConfig):
     """A step that talks to MLflow."""
 
     tracking_uri: str = Field(
-        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"),
-        description="MLflow tracking server (default: $MLFLOW_TRACKING_URI)",
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "http://127.0.0.1:5000",
+        description="MLflow tracking server (default: $MLFLOW_TRACKING_URI, else http://127.0.0.1:5000)",
     )
 
 

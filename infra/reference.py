@@ -14,9 +14,9 @@ PAGE = ROOT / "docs" / "steps.md"
 HEADER = """# Steps
 
 Every step is `python -m components.<step>`; its settings are the same on the command line (`--kebab-case`), in the
-Airflow trigger form and in MLflow. All steps also take `--root` (storage root URL, default `$FRESHET_ROOT`); those that
-talk to MLflow take `--tracking-uri`, those that run on Spark `--spark`. This page is written by
-`python -m infra.reference`.
+Airflow trigger form and in MLflow. All steps also take `--root` (storage root URL; default `$FRESHET_ROOT`, else
+`.freshet/local/store` under the present folder, as `make up` has it); those that talk to MLflow take `--tracking-uri`,
+those that run on Spark `--spark`. This page is written by `python -m infra.reference`.
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from components.rollout.config import RolloutConfig
 from components.storage import LocalFiles, Storage
 from infra.local.stack import REPOSITORY, Stack
 
@@ -23,6 +24,16 @@ def test_a_relative_home_is_one_under_the_present_folder(tmp_path: Path, monkeyp
 def test_without_a_setting_the_home_belongs_to_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FRESHET_HOME", raising=False)
     assert Stack.default().home == REPOSITORY / ".freshet" / "local"
+
+
+def test_without_settings_a_step_run_by_hand_works_on_the_installation_of_make_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("FRESHET_HOME", "FRESHET_ROOT", "MLFLOW_TRACKING_URI", "FRESHET_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    config, stack = RolloutConfig(), Stack.default()
+    assert (config.root, config.tracking_uri, config.server()) == (stack.root, stack.url("mlflow"), stack.url("serve"))
 
 
 def test_cleaning_removes_the_demo_and_leaves_the_events_and_models_of_make_up() -> None:

@@ -109,10 +109,11 @@ def test_the_commands_of_the_readme_ingest_a_log_and_its_items(
     readme = (Path(__file__).parents[3] / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"python -m components\.ingest (.*)", readme)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FRESHET_ROOT", store.root)
     written(tmp_path / "log.csv", {"uid": ["a"], "sku": ["x"], "ts": ["2024-01-01T00:00:00Z"], "clicked": [1]})
     written(tmp_path / "items.csv", {"sku": ["x", "y"], "brand": ["b", "b"]})
     for command in commands:
-        assert cli(IngestConfig, run, shlex.split(command.replace("$STORE", store.root))) == 0
+        assert cli(IngestConfig, run, shlex.split(command)) == 0
     assert len(events(store, "impressions")) == len(events(store, "actions")) == 1
     assert sum(store.read_table(path).num_rows for path in store.list("items")) == 2
 
