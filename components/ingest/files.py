@@ -56,14 +56,20 @@ def files(config: IngestConfig) -> list[Path]:
 
 def load(config: IngestConfig, now_us: int) -> Batch:
     mapping = column_mapping(config)
-    batch = Batch()
+    batch, found = Batch(), set[str]()
     for path in files(config):
         raw = read_any(path)
+        found.update(raw.table.column_names)
         read = raw.table.num_rows + raw.malformed.num_rows
         batch.item_rows += read if config.kind == "items" else 0
         batch.event_rows += read if config.kind != "items" else 0
         batch.set_aside(raw.malformed)
         add_rows(batch, Rows(_renamed(raw.table, mapping), _ROW_KIND[config.kind], raw.source), config, now_us)
+    if absent := [name for name in mapping if name not in found]:  # one file may lack it: JSON leaves fields out
+        raise BadInput(
+            f"--columns maps {', '.join(absent)}, but no row of {config.path} has that; there are "
+            f"{', '.join(sorted(found))}"
+        )
     return batch
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from components.config import cli
+from components.errors import BadInput
 from components.ingest.config import IngestConfig
 from components.ingest.run import run
 from components.schemas import hash_id
@@ -103,6 +104,16 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(store: Storage, t
     assert events(store, "impressions").user_id.tolist() == [hash_id("a\u2028b")]
 
 
+def test_a_root_in_which_nothing_may_be_written_is_an_error_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = written(tmp_path / "log.csv", {"user_id": [1], "item_id": [7], "timestamp": [1700000000]})
+    (tmp_path / "file").touch()
+    arguments = [f"--root=file://{tmp_path}/file/store", "--source=files", f"--path={log}"]
+    assert cli(IngestConfig, run, arguments) == 1
+    assert re.search(r"error: .*file/store.*name a place that this user may", capsys.readouterr().err)
+
+
 def test_the_commands_of_the_readme_ingest_a_log_and_its_items(
     store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +127,19 @@ def test_the_commands_of_the_readme_ingest_a_log_and_its_items(
         assert cli(IngestConfig, run, shlex.split(command)) == 0
     assert len(events(store, "impressions")) == len(events(store, "actions")) == 1
     assert sum(store.read_table(path).num_rows for path in store.list("items")) == 2
+
+
+def test_a_mapped_column_that_is_nowhere_is_refused_or_all_would_be_negatives(store: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    row = {"user_id": 1, "item_id": 7, "timestamp": 1700000000}
+    (folder / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "b.jsonl").write_text(json.dumps(row | {"item_id": 8, "clicked": 1}) + "\n")
+    with pytest.raises(BadInput, match=r"maps clickd, but no row of .* there are clicked, item_id, timestamp, user_id"):
+        ingest(store, source="files", path=str(folder), kind="impressions", columns="click=clickd")
+    assert store.list("events") == []
+    found = ingest(store, source="files", path=str(folder), kind="impressions", columns="click=clicked")
+    assert (found.impressions, found.actions) == (2, {"click": 1}), "a file in which nobody clicked may lack the field"
 
 
 def test_feedback_rows_are_an_impression_and_its_action(store: Storage, tmp_path: Path) -> None:
