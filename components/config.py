@@ -91,6 +91,9 @@ def cli(config: type[Config], run: Callable[[Config], BaseModel], argv: Sequence
     except FreshetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (PermissionError, NotADirectoryError) as error:
+        print(f"error: {error}; name a place that this user may read and write", file=sys.stderr)
+        return FreshetError.exit_code
     if path := os.environ.get("FRESHET_RESULT_PATH"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(result)
