@@ -59,11 +59,11 @@ class LocalFiles:
         return (self.folder / path).is_file()
 
     def list(self, prefix: str) -> list[str]:
-        start = self.folder / prefix
-        if not start.is_dir():
-            return []
-        found = (p for p in start.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return sorted(p.relative_to(self.folder).as_posix() for p in found)
+        found = []
+        for folder, _, names in os.walk(self.folder / prefix, onerror=_unless_gone):
+            place = Path(folder).relative_to(self.folder)
+            found += [(place / name).as_posix() for name in names if not name.startswith(".")]
+        return sorted(found)
 
     def delete(self, path: str) -> None:
         (self.folder / path).unlink(missing_ok=True)
@@ -77,6 +77,12 @@ class LocalFiles:
             file.flush()
             os.fsync(file.fileno())
         return temporary
+
+
+def _unless_gone(error: OSError) -> None:
+    """A folder may go while files are listed, as Spark's temporary ones do. What cannot be read is an error."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 _PAUSES = (0.1, 0.2, 0.4, 0.8)

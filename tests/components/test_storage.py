@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -115,6 +117,30 @@ def test_listing_is_sorted_recursive_and_bound_to_the_folder(anywhere: Storage) 
     assert anywhere.list("absent") == []
     anywhere.delete_folder("x")
     assert anywhere.list("x") == []
+
+
+def test_a_folder_that_goes_while_files_are_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, original = Storage(f"file://{tmp_path}"), os.scandir
+    for path in ("x/a", "x/gone/b", "x/z/c"):
+        store.write_bytes(path, b"")
+
+    def scandir(folder: str | Path) -> Any:
+        if Path(folder).name == "gone":
+            store.delete("x/gone/b")
+            (tmp_path / "x/gone").rmdir()
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert store.list("x") == ["x/a", "x/z/c"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scandir(_: object) -> Any:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="the disk is broken"):
+        Storage(f"file://{tmp_path}").list("x")
 
 
 def test_a_truncated_parquet_file_is_named_in_the_error(anywhere: Storage) -> None:
