@@ -179,7 +179,8 @@ class EmbeddingTable(torch.nn.Module):
         if self.training and torch.is_grad_enabled():
             out.requires_grad_()
             bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
-            self._pending.append(Forward(flat.copy(), out, bags, mean, events))
+            own = None if events is None else Events(events.counts.copy(), events.newest_us.copy())
+            self._pending.append(Forward(flat.copy(), out, bags, mean, own))
         return out if ends is not None else out.view(*ids.shape, self.dim)
 
     def step(self, lr: float | None = None, now_us: int = 0) -> int:

@@ -30,6 +30,15 @@ def counts(table: EmbeddingTable) -> dict[int, int]:
     return dict(zip(rows.keys.tolist(), column(rows, "counts").tolist(), strict=True))
 
 
+def test_the_buffers_of_events_may_be_used_again_before_the_step() -> None:
+    table = EmbeddingTable("item", 1)
+    events = Events(np.ones(2, np.uint32), np.full(2, 7 * SECOND))
+    table(torch.tensor([1, 2]), events=events).sum().backward()
+    events.counts[:], events.newest_us[:] = 0, -1
+    table.step()
+    assert seen(table) == {1: 7, 2: 7} and counts(table) == {1: 1, 2: 1}
+
+
 def test_each_row_has_the_time_of_its_own_newest_event() -> None:
     table = EmbeddingTable("item", 1)
     learn(table, [1, 2, 1, 3], [50 * SECOND, 10 * SECOND, 70 * SECOND, 0], now_us=99 * SECOND)
