@@ -62,7 +62,7 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
         if rows != (expected := progress.pop("rows")):
             raise RuntimeError(f"the snapshot has {rows} rows instead of {expected}; nothing was published")
         return writer.publish(
-            SnapshotManifest(_settings(table), table.dim, table.state_dim, progress, consumers, newcomers)
+            SnapshotManifest(_settings(table), int(table.dim), table.state_dim, progress, consumers, newcomers)
         )
 
 
@@ -109,8 +109,13 @@ def _bucket_range(shard: tuple[int, int] | None) -> tuple[int, int]:
 
 def _settings(table: EmbeddingTable) -> dict[str, Any]:
     """The table's settings as JSON gives them back."""
-    plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in table.settings.items()}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if name != "threads"}
+    return {name: _plain(value) for name, value in table.settings.items() if name != "threads"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

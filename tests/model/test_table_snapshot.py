@@ -70,6 +70,14 @@ def test_train_snapshot_restore_train_equals_train_train(optimizer: str, policy:
         assert_same_table(through, resumed)
 
 
+def test_settings_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    betas: Any = (np.float32(0.8), np.float32(0.9))
+    table = EmbeddingTable("item", np.int64(3), "adam", seed=np.uint64(5), betas=betas)  # type: ignore[arg-type]
+    save_snapshot(table, tmp_path / "snapshot")
+    restored = load_snapshot(tmp_path / "snapshot")
+    assert restored.settings == {**table.settings, "threads": None}
+
+
 def test_the_settings_come_with_the_snapshot(tmp_path: Path) -> None:
     table = EmbeddingTable(
         "author", 2, "adam", learning_rate=0.3, init_scale=0.2, seed=2**64 - 1, epsilon=1e-3, betas=(0.5, 0.75),
