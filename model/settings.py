@@ -140,6 +140,14 @@ class ModelConfig(BaseModel):
             raise ValueError("context tokens need positions <= window + 1, so that a cut history changes no score")
         return self
 
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        for setting in _NAMES:
+            names = split_names(getattr(self, setting, ""))
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{setting} names {', '.join(twice)} twice; keep one of them")
+        return self
+
     def hstu(self) -> HstuConfig:
         """The HSTU stack of this model."""
         from model.hstu import HstuConfig  # not at the top: trigger forms read these settings without torch
@@ -201,6 +209,9 @@ class ModelConfig(BaseModel):
         """Slots of the tokens before the history."""
         return split_names(self.context)
 
+
+_NAMES = ("slots", "context", "heads", "regression", "bias_slots")
+"""Settings that are lists of names; one that is there twice would count twice."""
 
 _GATES: dict[str, Literal["product", "concat_raw"]] = {"product": "product", "concat": "concat_raw"}
 

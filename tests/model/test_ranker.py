@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from components.errors import BadInput
 from model.dataset import SequenceDataset
@@ -129,6 +130,12 @@ def test_candidates_in_several_blocks_score_as_in_one(ranker: Ranker, monkeypatc
 def test_no_candidates_are_refused(ranker: Ranker) -> None:
     with pytest.raises(BadInput, match="candidates"):
         ranker.score(user(1, 3), np.zeros(0, dtype=np.int64), NOW)
+
+
+def test_an_output_that_is_named_twice_is_refused_since_it_would_count_twice() -> None:
+    for setting, name in (("heads", "click"), ("regression", "watch"), ("bias_slots", "item")):
+        with pytest.raises(ValidationError, match=f"{setting} names {name} twice"):
+            RankerConfig.model_validate({setting: f"{name},{name}"})
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,8 @@ def test_every_dense_parameter_of_a_variant_is_trained(variant: str) -> None:
         ({"generative_sampling": True}, "examples=request"),
         ({"context": "user,colour"}, "unknown context slots colour"),
         ({"context": "page"}, "examples=request"),
+        ({"context": "user,user"}, "context names user twice"),
+        ({"slots": "item, author,item"}, "slots names item twice"),
         ({"context": "user", "positions": 64, "window": 10}, "positions <= window"),
     ],
 )
