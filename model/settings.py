@@ -65,8 +65,8 @@ class ModelConfig(BaseModel):
     init_scale: float = Field(
         default=0.02, ge=0, le=1, description="New table rows are uniform in (-init_scale, init_scale)"
     )
-    table_optimizer: str = Field(
-        default="adagrad", description="sgd, adagrad, rowwise_adagrad, adam or ftrl, inside the rows"
+    table_optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"] = Field(
+        default="adagrad", description="Row optimiser of the tables"
     )
     table_accumulator: float = Field(
         default=30.0, ge=0, description="Start of the Adagrad sums: larger = slower for rare ids"

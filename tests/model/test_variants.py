@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from model.encoding import age_bucket
 from model.hstu import HstuConfig, HstuLayer
 from model.ranker import Ranker
 from model.settings import ModelConfig, RankerConfig
+from model.table import OPTIMIZERS
 from model.trainer import Trainer
 from tests.model.make import catalogue, user
 
@@ -126,9 +129,14 @@ def test_every_dense_parameter_of_a_variant_is_trained(variant: str) -> None:
         ({"context": "page"}, "examples=request"),
         ({"context": "user,user"}, "context names user twice"),
         ({"slots": "item, author,item"}, "slots names item twice"),
+        ({"table_optimizer": "adagrd"}, "'sgd', 'adagrad', 'rowwise_adagrad', 'adam' or 'ftrl'"),
         ({"context": "user", "positions": 64, "window": 10}, "positions <= window"),
     ],
 )
 def test_settings_that_do_not_fit_together_say_what_to_change(settings: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelConfig(**settings)
+
+
+def test_every_row_optimiser_of_the_tables_is_a_setting() -> None:
+    assert get_args(ModelConfig.model_fields["table_optimizer"].annotation) == OPTIMIZERS
