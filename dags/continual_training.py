@@ -96,5 +96,5 @@ with freshet_dag(
                     f"compact_{model}",
                     "compact",
                     {**from_form(COMPACT_FORM), "model": model, "version": result(name, "version")},
-                    skip_unless=f"{{{{ {result(name, 'n')} % params.min_deltas == 0 }}}}",
+                    skip_unless=f"{{{{ {result(name, 'since_snapshot')} >= params.min_deltas }}}}",
                 )

@@ -53,6 +53,7 @@ class FinetuneResult(BaseModel):
     event_time_min_us: int | None = Field(description="first event learned from; null: the window was empty")
     event_time_max_us: int | None = Field(description="newest event learned from")
     run_id: str = Field(description="MLflow run of the window")
+    since_snapshot: int = Field(description="deltas after the newest snapshot up to this one: what is left to fold")
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
@@ -79,7 +80,8 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         done = _learn(config, storage, registry, dataset, version, head)
         head = done.n
     _settle(config, registry, done, newest=done.n == head)
-    return FinetuneResult(**done.model_dump(include=set(FinetuneResult.model_fields)))
+    folded = max(n for n in reader.snapshots() if n <= done.n)
+    return FinetuneResult(**done.model_dump(include=set(FinetuneResult.model_fields)), since_snapshot=done.n - folded)
 
 
 def _settle(config: FinetuneConfig, registry: Registry, done: LogManifest, newest: bool = True) -> None:

@@ -177,6 +177,19 @@ answer([
     assert "not a time" in wrong and "no window" in none
 
 
+def test_a_log_is_compacted_once_enough_deltas_wait_though_a_run_learned_from_several_windows(tmp_path: Path) -> None:
+    source = """
+from types import SimpleNamespace as some
+from dags import continual_training as file
+def compacts(since_snapshot):
+    template = file.dag.get_template_env().from_string(file.dag.get_task("compact_ranker").skip_unless)
+    learned = {"n": 25, "since_snapshot": since_snapshot}
+    return template.render(ti=some(xcom_pull=lambda task_ids: learned), params=some(min_deltas=24))
+answer([compacts(23), compacts(25)])
+"""
+    assert call(tmp_path, source) == ["False", "True"]
+
+
 def test_both_models_and_every_try_learn_from_the_dataset_that_was_newest_at_the_trigger(tmp_path: Path) -> None:
     source = """
 from datetime import datetime, timedelta, timezone
