@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from components.errors import CorruptLog
+from components.errors import CorruptLog, FreshetError
 from components.parameters.arrays import Parameters
 from components.parameters.bridge import build_model
 from components.parameters.log import LogManifest
@@ -121,14 +121,14 @@ class LoadedVersion:
         if self.error is None:
             try:
                 return self._advance()
-            except CorruptLog as error:
+            except FreshetError as error:
                 self._damaged(error)
                 self._retry_at = 0.0
         if time.monotonic() < self._retry_at:
             return 0
         try:
             return self._resync()
-        except CorruptLog as error:
+        except FreshetError as error:  # BadInput: the log has been deleted
             self._damaged(error)
             return 0
 
@@ -160,7 +160,7 @@ class LoadedVersion:
         log.warning("%s: the log is sound again; reloaded from %d to %d", self.label(), before, self._served.n)
         return max(self._served.n - before, 0)
 
-    def _damaged(self, error: CorruptLog) -> None:
+    def _damaged(self, error: FreshetError) -> None:
         if str(error) != self.error:
             log.error("%s stays where it is: %s", self.label(), error)
         self.error = str(error)

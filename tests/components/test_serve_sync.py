@@ -221,6 +221,28 @@ def test_a_log_is_reported_damaged_as_long_as_it_is_damaged_and_followed(
         wait_for(lambda: corrupt not in live.server.metrics.text().decode(), 10)
 
 
+def test_a_deleted_log_of_the_challenger_keeps_the_server_from_nothing(
+    toy_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded, "RETRY_S", 0.1)
+    one, two = Release(ranker=1, retriever=1), Release(ranker=2, retriever=1)
+    with Live(toy_root, sync_interval_s=0.05) as live:
+        model = build("ranker")
+        publish(live.storage, "ranker", 2, model, Trainer(model))
+        release(live.storage, stage="shadow", champion=one, challenger=two)
+        wait_for(lambda: "challenger" in live.status()["tracks"], 10)
+        with live.server.engine._lock:
+            train_delta(live.storage, "ranker", version=2)
+            damage(live.storage, 1, version=2)
+        wait_for(lambda: "checksum" in str(live.status()["errors"]), 10)
+        live.storage.delete_folder("parameters/ranker/2")
+        wait_for(lambda: "checksum" not in str(live.status()["errors"]), 10)
+        train_delta(live.storage, "ranker")
+        live.wait_for_delta(1)
+        release(live.storage, stage="rolled_back", champion=one)
+        wait_for(lambda: live.status()["stage"] == "rolled_back", 10)
+
+
 def test_a_gap_in_the_log_stops_the_sync_and_is_reported(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded, "LISTING_S", 0.1)
     with Live(toy_root) as live:
