@@ -17,6 +17,9 @@ ACTIONS: Final = ("click", "like", "long_view", "follow", "comment", "share", "d
 
 TIMESTAMP: Final = pa.timestamp("us", tz="UTC")
 
+EARLIEST_US: Final = 631_152_000_000_000
+"""1990-01-01: an earlier time is a wrong unit or a default value, never an event."""
+
 IMPRESSIONS: Final = pa.schema(
     [
         pa.field("request_id", pa.int64(), nullable=False),

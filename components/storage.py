@@ -200,10 +200,6 @@ class Storage:
     def delete(self, path: str) -> None:
         self.backend.delete(path)
 
-    def delete_folder(self, prefix: str) -> None:
-        for path in self.list(prefix):
-            self.delete(path)
-
     def url(self, path: str) -> str:
         return f"{self.root}/{path}"
 

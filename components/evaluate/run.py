@@ -5,8 +5,10 @@ item-user rate baseline, counted on the train part. Retriever: hit rate and NDCG
 (experiment `evaluate`) and to evaluations/; measuring the same again returns the same.
 
 examples:
-  python -m components.evaluate --model ranker --checkpoint checkpoints/ranker/0123456789ab --dataset full-20220501
-  python -m components.evaluate --model ranker --version 3 --as-of 0 --dataset full-20220501
+  python -m components.evaluate --model ranker --checkpoint checkpoints/ranker/0123456789ab \\
+      --dataset history-20220401T000000Z-20220501T000000Z-0123456789ab
+  python -m components.evaluate --model ranker --version 3 --as-of 0 --part train \\
+      --dataset window-20220501T000000Z-20220502T000000Z-0123456789ab
 """
 
 from __future__ import annotations

@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 
 from components.errors import BadInput
 from components.ingest.batch import repeated
-from components.schemas import QUARANTINE, hash_id
+from components.schemas import EARLIEST_US, QUARANTINE, hash_id
 from components.windows import parse_time
-
-EARLIEST_US = 631_152_000_000_000
-"""1990-01-01: an earlier time is a wrong unit or a default value, never an event."""
 
 LARGEST = float(np.finfo(np.float32).max)
 _EXACT = 2**53

@@ -11,7 +11,8 @@ killed and is run again with the same settings goes on from its newest save (eve
 MLflow run, and ends with the same checkpoint as if nothing had happened, on CPUs to the bit.
 
 example:
-  python -m components.pretrain --model ranker --dataset full-20220501 --epochs 4 --dim 32
+  python -m components.pretrain --model ranker --epochs 4 --dim 32 \\
+      --dataset history-20220401T000000Z-20220501T000000Z-0123456789ab
 """
 
 from __future__ import annotations

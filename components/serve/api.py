@@ -13,7 +13,6 @@ from components.errors import BadInput
 from components.schemas import ACTIONS, action_bit
 
 INT64_MAX = 2**63 - 1
-EARLIEST_US = 631_152_000_000_000  # 1990-01-01: anything before is seconds or milliseconds by mistake
 MAX_ITEMS = 200
 MAX_EXCLUDE = 10_000
 

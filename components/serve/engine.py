@@ -112,7 +112,7 @@ class Engine:
                 return "; ".join(self.errors.values())
             return (
                 "no champion: nothing has been released yet; run the pretrain and rollout DAGs, "
-                "or python -m components.rollout"
+                "or python -m components.rollout --action=start --until=promoted"
             )
         if not len(self.items.items):
             return "no items: the catalogue is empty; ingest items (python -m components.ingest)"

@@ -7,8 +7,8 @@ import json
 from concurrent.futures import Future
 from typing import Any
 
-from components.schemas import ACTION_EVENTS, IMPRESSIONS
-from components.serve.api import EARLIEST_US, ActionIn, EventsBody, EventsRecorded, ImpressionIn, Refused, Rejection
+from components.schemas import ACTION_EVENTS, EARLIEST_US, IMPRESSIONS
+from components.serve.api import ActionIn, EventsBody, EventsRecorded, ImpressionIn, Refused, Rejection
 from components.serve.history import History, clock_us
 from components.serve.journal import Journal, Rows
 from components.serve.metrics import Metrics

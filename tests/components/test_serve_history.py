@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.schemas import ACTION_EVENTS, IMPRESSIONS, action_bit
-from components.serve.api import EARLIEST_US, EventsBody, ImpressionIn
+from components.schemas import ACTION_EVENTS, EARLIEST_US, IMPRESSIONS, action_bit
+from components.serve.api import EventsBody, ImpressionIn
 from components.serve.eventfiles import EventFiles
 from components.serve.history import History
 from components.serve.intake import Intake
