@@ -67,6 +67,18 @@ def test_the_image_runs_as_a_number_because_pods_must_not_run_as_root() -> None:
     assert user.isdigit() and user != "0" and f"--uid {user}" in dockerfile
 
 
+def test_the_image_knows_the_commit_that_versions_are_tagged_with() -> None:
+    final = DOCKERFILE.read_text().split("\nFROM ")[2]
+    assert "ARG FRESHET_COMMIT\nENV FRESHET_COMMIT=$FRESHET_COMMIT\n" in final
+
+
+def test_what_a_container_expands_by_itself_is_in_its_environment(compose: dict[str, Any]) -> None:
+    """$$NAME is left to the container, which sees nothing of the host's environment."""
+    for name, service in compose["services"].items():
+        wanted = re.findall(r"\$\$\{?(\w+)", str(service.get("command", "")))
+        assert set(wanted) <= set(service.get("environment", {})), name
+
+
 def test_the_image_has_the_folders_of_its_volumes_and_their_owner_is_its_user(compose: dict[str, Any]) -> None:
     """A new named volume takes content and owner from the image; where the image has no such folder, it is root's."""
     mounted = [v.split(":")[1] for s in compose["services"].values() for v in s.get("volumes", []) if "/freshet" in v]
