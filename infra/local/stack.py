@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.errors import FreshetError
+from components.errors import BadInput, FreshetError
 from infra.local.services import Service, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,7 +21,14 @@ def _home() -> Path:
 
 
 def _ports() -> dict[str, int]:
-    return {name: int(os.environ.get(f"FRESHET_PORT_{name.upper()}", port)) for name, port in PORTS.items()}
+    return {name: _port(f"FRESHET_PORT_{name.upper()}", port) for name, port in PORTS.items()}
+
+
+def _port(setting: str, default: int) -> int:
+    text = os.environ.get(setting) or str(default)
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise BadInput(f"{setting} is {text!r}; set it to a port number from 1 to 65535")
+    return int(text)
 
 
 @dataclass(frozen=True)

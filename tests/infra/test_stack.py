@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from components.errors import BadInput
 from components.rollout.config import RolloutConfig
 from components.storage import LocalFiles, Storage
 from infra.local.stack import REPOSITORY, Stack
@@ -34,6 +35,13 @@ def test_without_settings_a_step_run_by_hand_works_on_the_installation_of_make_u
     monkeypatch.chdir(REPOSITORY)
     config, stack = RolloutConfig(), Stack.default()
     assert (config.root, config.tracking_uri, config.server()) == (stack.root, stack.url("mlflow"), stack.url("serve"))
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "70000"])
+def test_a_port_that_is_none_is_named_with_its_setting(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    monkeypatch.setenv("FRESHET_PORT_SERVE", port)
+    with pytest.raises(BadInput, match=f"FRESHET_PORT_SERVE is '{port}'; set it to a port number"):
+        Stack.default()
 
 
 def test_cleaning_removes_the_demo_and_leaves_the_events_and_models_of_make_up() -> None:
