@@ -235,7 +235,8 @@ def test_a_deleted_log_of_the_challenger_keeps_the_server_from_nothing(
             train_delta(live.storage, "ranker", version=2)
             damage(live.storage, 1, version=2)
         wait_for(lambda: "checksum" in str(live.status()["errors"]), 10)
-        live.storage.delete_folder("parameters/ranker/2")
+        for path in live.storage.list("parameters/ranker/2"):
+            live.storage.delete(path)
         wait_for(lambda: "checksum" not in str(live.status()["errors"]), 10)
         train_delta(live.storage, "ranker")
         live.wait_for_delta(1)
