@@ -240,7 +240,7 @@ class Storage:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, as far as they are missing, and their names durable."""
-    if folder.is_dir():
+    if folder.exists():  # what is in the way of a folder fails whatever is made below it
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
