@@ -120,16 +120,23 @@ class RowStore {
   }
   void give_back(Handle handle) noexcept { free_.push_back(handle); }
 
-  // Sends for the row that the call of `take` after the next few will give.
+  // Sends for the row that the call of `take` after the next few will give: rows used again lie anywhere.
   void prefetch_next() const noexcept {
-    constexpr Handle kAhead = 2;
-    if (!free_.empty() || end_ + kAhead >= capacity_) return;
-    const RowLayout::Place place = place_of(layout_, end_ + kAhead);
+    constexpr Handle kAhead = 2, kFreeAhead = 8;
+    if (free_.empty()) {
+      if (end_ + kAhead < capacity_) send_for(end_ + kAhead);
+    } else if (free_.size() > kFreeAhead) {
+      send_for(free_[free_.size() - 1 - kFreeAhead]);
+    }
+  }
+
+ private:
+  void send_for(Handle handle) const noexcept {
+    const RowLayout::Place place = place_of(layout_, handle);
     prefetch<Intent::kWrite>(layout_.header(place));
     prefetch_row(layout_.row(place), layout_.stride);
   }
 
- private:
   void add_slab() {
     const std::size_t rows = layout_.rows_in(count_);
     if (capacity_ + rows > kCandidateBit) throw std::length_error("a shard of the table cannot have more than 2^31 rows");
