@@ -30,7 +30,8 @@ CHANGES_NO_RESULT = frozenset({"save_every_s"})
 
 def default_root() -> str:
     """$FRESHET_ROOT, or the root of `make up`, to which the other defaults belong too: MLflow and the server."""
-    return os.environ.get("FRESHET_ROOT") or f"file://{Path.cwd()}/.freshet/local/store"
+    home = Path(os.environ.get("FRESHET_HOME") or ".freshet").absolute()
+    return os.environ.get("FRESHET_ROOT") or f"file://{home}/local/store"
 
 
 def _readable_time(text: str) -> str:

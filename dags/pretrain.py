@@ -79,8 +79,8 @@ with freshet_dag(
         return versions
 
     released = release()
+    dataset = Ref("params.dataset or newest_dataset(inlet_events, dag_run)")
     for model in ("ranker", "retriever"):
-        dataset = Ref("params.dataset or newest_dataset(inlet_events, dag_run)")
         pretrain = component_task(
             f"pretrain_{model}",
             "pretrain",

@@ -17,7 +17,7 @@ from components.ingest.batch import repeated
 from components.schemas import EARLIEST_US, QUARANTINE, hash_id
 from components.windows import parse_time
 
-LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = float(np.finfo(np.float32).max)
 _EXACT = 2**53
 _INTEGER = re.compile(r"(?P<whole>[+-]?[0-9]{1,20})(?P<point>\.0*)?")
 _UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -82,7 +82,7 @@ class Rows:
         values = _floats(column)
         self.reject(~np.isfinite(values) & ~empty, f"not_a_number_{name}")
         self.reject((values < 0) & ~empty, f"negative_{name}")
-        self.reject((values > LARGEST) & ~empty, f"too_large_{name}")
+        self.reject((values > _LARGEST) & ~empty, f"too_large_{name}")
         return np.where(empty, np.nan if missing is None else missing, values)
 
     def flags(self, name: str) -> NDArray[np.bool_]:

@@ -27,11 +27,13 @@ def test_without_a_setting_the_home_belongs_to_the_checkout(monkeypatch: pytest.
     assert Stack.default().home == REPOSITORY / ".freshet" / "local"
 
 
+@pytest.mark.parametrize("home", ["", "data/freshet"])
 def test_without_settings_a_step_run_by_hand_works_on_the_installation_of_make_up(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:
-    for name in ("FRESHET_HOME", "FRESHET_ROOT", "MLFLOW_TRACKING_URI", "FRESHET_SERVER_URL"):
+    for name in ("FRESHET_ROOT", "MLFLOW_TRACKING_URI", "FRESHET_SERVER_URL"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FRESHET_HOME", home)
     monkeypatch.chdir(REPOSITORY)
     config, stack = RolloutConfig(), Stack.default()
     assert (config.root, config.tracking_uri, config.server()) == (stack.root, stack.url("mlflow"), stack.url("serve"))
