@@ -5,6 +5,7 @@ A share or rate is only judged when there are enough events to judge it by.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,8 +14,8 @@ from pydantic import BaseModel, Field
 from components.schemas import ACTIONS
 
 ENOUGH_EVENTS: Final = 100
-ENOUGH_LABELS: Final = 50
-"""A label's rate is judged when at least this many positives are expected or seen in both windows together."""
+SURE: Final = 1.645
+"""z beyond which a rate has changed by more than its limit and chance does not explain it (one-sided, 5 %)."""
 
 
 class Limits(BaseModel):
@@ -89,19 +90,30 @@ def _too_much(report: Report, limits: Limits) -> list[str]:
 
 
 def _jumps(report: Report, before: Mapping[str, int], max_ratio: float) -> list[str]:
-    """Labels whose rate left [previous / max_ratio, previous * max_ratio], where chance does not explain it."""
+    """Labels whose rate surely left [previous / max_ratio, previous * max_ratio]."""
     failures = []
     shown, shown_before = report.counts["interactions"], before["interactions"]
     for action, rate in report.label_rates.items():
-        old = report.previous_label_rates[action]
-        if max(old * shown, rate * shown_before) < ENOUGH_LABELS:
-            continue
-        if rate > old * max_ratio or rate < old / max_ratio:
+        now, old = report.counts[f"positive_{action}"], before[f"positive_{action}"]
+        fell = _surely_more(old, shown_before, now, shown, max_ratio)
+        if fell or _surely_more(now, shown, old, shown_before, max_ratio):
             failures.append(
-                f"{action} is on {rate:.2%} of the interactions, after {old:.2%} in {report.previous_window}: "
-                f"more than a factor of {max_ratio:g}"
+                f"{action} is on {rate:.2%} of the interactions, after {report.previous_label_rates[action]:.2%} in "
+                f"{report.previous_window}: more than a factor of {max_ratio:g}"
             )
     return failures
+
+
+def _surely_more(many: int, of_many: int, few: int, of_few: int, factor: float) -> bool:
+    """Whether the rate many / of_many is above factor * few / of_few, beyond what chance explains.
+
+    Two Poisson counts compared by their square roots, whose variance does not depend on the rate (Anscombe's 3/8;
+    Gu, Ng, Tang and Schucany, Testing the ratio of two Poisson rates, 2008), so zero positives are judged as well.
+    """
+    if not of_many or not of_few:
+        return False
+    share = of_few / of_many / factor  # of `many`: what `few` would be, were the limit just reached
+    return 2 * (math.sqrt(share * (many + 3 / 8)) - math.sqrt(few + 3 / 8)) / math.sqrt(1 + share) > SURE
 
 
 def _share(part: int, whole: int) -> float:

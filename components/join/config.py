@@ -39,7 +39,7 @@ class JoinConfig(StepConfig):
     max_label_ratio: float = Field(
         20.0,
         ge=1,
-        description="the join fails when a label's rate changes by more than this factor",
+        description="the join fails when a label's rate changed by more than this factor, beyond chance (5 %)",
     )
     spark: str = Field(
         "", description="local[2], sc://host:port or a Spark master (empty: $FRESHET_SPARK, else local[2])"

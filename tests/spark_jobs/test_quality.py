@@ -47,5 +47,30 @@ def test_a_rare_label_may_come_and_go() -> None:
     assert check("w", counts(), LIMITS, before).failures == []
 
 
+def test_a_label_that_appears_from_nothing_fails() -> None:
+    (failure,) = check("w", counts(positive_share=300), LIMITS, ("v", counts())).failures
+    assert failure.startswith("share is on 30.00% of the interactions, after 0.00% in v")
+
+
+def test_one_positive_less_than_the_limit_expects_is_chance() -> None:
+    """102 likes and a factor of 100: one or none are what a rate just inside the limit gives."""
+    before, lenient = ("v", counts(positive_like=102)), LIMITS.model_copy(update={"max_label_ratio": 100})
+    assert check("w", counts(positive_like=1), lenient, before).failures == []
+    assert check("w", counts(positive_like=0), lenient, before).failures == []
+    (failure,) = check("w", counts(positive_like=0), LIMITS, before).failures
+    assert failure.startswith("like is on 0.00% of the interactions")
+
+
+def test_windows_of_different_length_are_compared_by_their_rates() -> None:
+    day, hour = counts(interactions=24_000, positive_click=6_000), counts(interactions=1_000, positive_click=250)
+    assert check("w", hour, LIMITS, ("v", day)).failures == []
+    assert check("w", day, LIMITS, ("v", hour)).failures == []
+    assert check("w", hour | {"positive_click": 2}, LIMITS, ("v", day)).failures != []
+
+
 def test_a_window_without_interactions_has_rates_of_zero() -> None:
     assert set(label_rates(counts(interactions=0)).values()) == {0.0}
+
+
+def test_a_window_without_interactions_is_no_measure_for_the_next() -> None:
+    assert check("w", counts(positive_click=250), LIMITS, ("v", counts(interactions=0))).failures == []
