@@ -15,6 +15,7 @@ example:
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import socket
@@ -37,7 +38,7 @@ class ServeResult(BaseModel):
 
 
 def run(config: ServeConfig) -> ServeResult:
-    """Serve until SIGINT or SIGTERM. BadInput: the port or the journal is taken."""
+    """Serve until SIGINT or SIGTERM. BadInput: the address or the journal cannot be had."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     import torch
     import uvicorn
@@ -65,7 +66,10 @@ def _listen(config: ServeConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
+        other = (
+            "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host, an IPv4 address of this machine"
+        )
         raise BadInput(
-            f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another --port"
+            f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another {other}"
         ) from error
     return listener

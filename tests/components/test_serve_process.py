@@ -74,7 +74,8 @@ def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(toy_r
         (["--port=abc"], "--port"),
         (["--score-weights=clik=1"], "unknown action 'clik'"),
         (["--score-weights=click=much"], "not a number"),
-        (["--host=203.0.113.1"], "choose another --port"),
+        (["--host=203.0.113.1"], "choose another --host"),
+        (["--host=no.such.host.invalid"], "choose another --host"),
     ],
 )
 def test_wrong_settings_end_with_exit_code_2_and_a_message(
