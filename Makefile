@@ -82,9 +82,10 @@ bench-streaming: setup ## the paper's synthetic stream with a growing vocabulary
 bench-stochastic-length: setup ## sparsity against loss of quality (DATA=path/to/ml-1m)
 	@$(PY) -m model.experiments.stochastic_length_bench --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
 
-lock: $(STAMP) ## resolve requirements.in again
-	@$(VENV)/bin/uv pip install -q -p $(VENV) -r requirements.in
-	@$(VENV)/bin/uv pip freeze -p $(VENV) | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//' > requirements.lock
+# From requirements.in alone: .venv may hold what `make browser` and `make triton` added. torch brings its own GPU libraries.
+lock: $(STAMP) ## resolve requirements.in again, keeping the versions that fit (ARGS=--upgrade: take the newest)
+	@$(VENV)/bin/uv pip compile -q -p $(PY) --no-header --no-annotate $(ARGS) requirements.in -o requirements.lock >/dev/null
+	@sed -i -E '/^((cuda|nvidia)-|(setuptools|triton)==)/d' requirements.lock
 
 clean: down ## remove what was built and everything the demo wrote; keeps .venv and what `make up` holds
 	@rm -rf .freshet/demo csrc/build model/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

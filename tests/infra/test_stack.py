@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,3 +53,22 @@ def test_cleaning_removes_the_demo_and_leaves_the_events_and_models_of_make_up()
     demo, local = (REPOSITORY / ".freshet" / name for name in ("demo", "local"))
     gone = [REPOSITORY / word for word in removed[2:]]
     assert demo in gone and not any(local.is_relative_to(path) for path in gone)
+
+
+def test_the_lock_has_what_requirements_in_needs_whatever_else_the_environment_holds(tmp_path: Path) -> None:
+    """`make browser` and `make triton` add packages to .venv; torch brings the libraries that fit its machine."""
+    uv = tmp_path / ".venv" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    for name in ("Makefile", "requirements.in"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "infra").mkdir()
+    (tmp_path / "infra" / "bootstrap.sh").touch()
+    resolved = "cuda-toolkit==13\nnumpy==2\nnvidia-cublas==13\nsetuptools==84\ntorch==2.13.0\ntriton==3.7.1\n"
+    (tmp_path / "requirements.lock").write_text(resolved)
+    (tmp_path / ".venv" / ".installed").touch()
+    uv.write_text('#!/bin/sh\necho "$@" > asked\n')
+    uv.chmod(0o755)
+    subprocess.run(["make", "lock"], cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "requirements.lock").read_text() == "numpy==2\ntorch==2.13.0\n"
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("pip compile ") and " requirements.in " in asked and "freeze" not in asked
