@@ -34,13 +34,16 @@ class FakeServer:
         self.app.add_api_route("/v1/recommend", self.recommend, methods=["POST"])
         self.app.add_api_route("/v1/events", self.events, methods=["POST"])
 
+    def now_us(self) -> int:
+        return time.time_ns() // 1000
+
     def recommend(self, body: dict[str, Any]) -> Response:
         if self.failures:
             self.failures -= 1
             return JSONResponse({"detail": "starting"}, status_code=503)
         if self.recommend_status != 200:
             return JSONResponse({"detail": f"unknown user {body['user_id']}"}, status_code=self.recommend_status)
-        now = time.time_ns() // 1000
+        now = self.now_us()
         items = self.rng.choice(self.only or self.world.alive(now), body["k"], replace=False)
         answer = {
             "request_id": len(self.served) + 1,
@@ -59,7 +62,7 @@ class FakeServer:
         return JSONResponse(answer)
 
     def events(self, body: dict[str, Any]) -> Response:
-        now = time.time_ns() // 1000
+        now = self.now_us()
         self.early += [e for kind in ("impressions", "actions") for e in body[kind] if e["timestamp_us"] > now]
         self.impressions += body["impressions"]
         self.actions += body["actions"]

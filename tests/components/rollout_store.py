@@ -42,7 +42,8 @@ def log_traffic(
                 actions.append({**row, "action": "click"})
                 actions.append({**row, "action": "like"})
     folder = f"dt={at:%Y-%m-%d}/hour={at:%H}"
-    for kind, rows, schema in (("impressions", impressions, IMPRESSIONS), ("actions", actions, ACTION_EVENTS)):
+    # Actions first: they count once their impressions are there, so that nobody who looks meanwhile sees half of it.
+    for kind, rows, schema in (("actions", actions, ACTION_EVENTS), ("impressions", impressions, IMPRESSIONS)):
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
         table = pa.Table.from_arrays(columns, schema=schema)
         for name in ("first", "again"):  # the same events twice: they must count once

@@ -163,10 +163,10 @@ class Process:
                 stderr=out,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def wait_ready(self) -> Process:
-        wait_for(lambda: self.answers("/readyz") == 200, 120, lambda: self.log.read_text())
+        wait_for(lambda: self.answers("/readyz") == 200, explain=lambda: self.log.read_text())
         return self
 
     def answers(self, path: str) -> int | None:
@@ -182,7 +182,7 @@ class Process:
 
     def terminate(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
 
 @contextlib.contextmanager
@@ -196,10 +196,11 @@ def serving(root: Path, port: int, *options: str) -> Iterator[Process]:
         server.client.close()
 
 
-def wait_for(condition: Any, seconds: float, explain: Any = lambda: "") -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Any, explain: Any = lambda: "") -> None:
+    """Far longer than it takes, so that only what never comes fails, on a busy machine too."""
+    end = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s. {explain()}"
+        assert time.monotonic() < end, f"not within two minutes. {explain()}"
         time.sleep(0.05)
 
 
@@ -214,11 +215,11 @@ class Live:
         config = uvicorn.Config(create_app(self.server), port=self.port, log_config=None, access_log=False)
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 
     def __enter__(self) -> Live:
         self._thread.start()
-        wait_for(lambda: self._uvicorn.started and self.server.engine.tracks is not None, 20)
+        wait_for(lambda: self._uvicorn.started and self.server.engine.tracks is not None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -249,7 +250,7 @@ class Live:
         return next((float(value) for name, _, value in lines if name == sample), 0.0)
 
     def wait_for_delta(self, n: int, model: str = "ranker") -> None:
-        wait_for(lambda: self.status()["tracks"]["champion"][model]["delta"] == n, 10, self.status)
+        wait_for(lambda: self.status()["tracks"]["champion"][model]["delta"] == n, explain=self.status)
 
 
 def answer(response: httpx.Response) -> dict[str, Any]:

@@ -269,15 +269,20 @@ def test_aliases_end_as_the_record_does_whoever_sets_them_last(
 
 def test_waiting_until_promoted_ends_with_the_promotion(storage: Storage) -> None:
     first_champion(storage)
-    log_shadow(storage, datetime.now(UTC) + timedelta(seconds=0.5), 2, requests=60)
+
+    def come_to(stage: str) -> RolloutState:
+        while (state := record.current(storage)).stage != stage:
+            assert not task.done(), task.result()
+            time.sleep(0.05)
+        return state
+
     with ThreadPoolExecutor(1) as pool:
         task = pool.submit(
             lambda: go(storage, "start", ranker=2, retriever=2, until="promoted", poll_s=0.05, wait_s=60)
         )
-        while (state := record.current(storage)).stage != "canary":
-            assert not task.done(), task.result()
-            time.sleep(0.05)
-        log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.7})
+        come_to("shadow")
+        log_shadow(storage, datetime.now(UTC), 2, requests=60)
+        log_traffic(storage, come_to("canary"), datetime.now(UTC), range(300), {"champion": 0.5, "challenger": 0.7})
         assert task.result().stage == "promoted"
     assert go(storage, ranker=2, retriever=2, until="canary").stage == "promoted", "a task run again ends at once"
     assert go(storage, "start", ranker=2, retriever=2, until="gate").champion == Release(ranker=2, retriever=2)

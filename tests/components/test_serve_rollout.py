@@ -44,7 +44,7 @@ def test_users_stay_on_their_track_while_the_share_grows(toy_root: Path) -> None
         for share in (0, 2000, 6000, 10_000):
             stage = {"stage": "canary", "champion": ONE, "challenger": TWO, "share": share, "salt": "s"}
             state = release(storage, **stage)
-            wait_for(lambda seq=state.seq: live.seq() == seq, 10)
+            wait_for(lambda seq=state.seq: live.seq() == seq)
             answers = {user: live.rank(user, [ITEM_IDS[0]]) for user in users}
             tracks[share] = {user: answer["track"] for user, answer in answers.items()}
             assert all((a["track"] == "challenger") == (a["version"] == 2) for a in answers.values())
@@ -61,20 +61,20 @@ def test_promotion_and_rollback_change_a_pointer_and_keep_both_loaded(toy_root: 
     second_version(storage)
     with Live(toy_root) as live:
         release(storage, stage="promoted", champion=TWO, previous=ONE)
-        wait_for(lambda: live.rank(1, [ITEM_IDS[0]])["version"] == 2, 10)
+        wait_for(lambda: live.rank(1, [ITEM_IDS[0]])["version"] == 2)
         kept = live.server.engine._loaded["ranker", 1]
         train_delta(storage, "ranker")  # the old champion keeps learning
-        wait_for(lambda: kept.n == 1, 10)
+        wait_for(lambda: kept.n == 1)
         release(storage, stage="rolled_back", champion=ONE)
-        wait_for(lambda: live.rank(1, [ITEM_IDS[0]])["version"] == 1, 10)
+        wait_for(lambda: live.rank(1, [ITEM_IDS[0]])["version"] == 1)
         assert live.server.engine._loaded["ranker", 1] is kept
-        wait_for(lambda: ("ranker", 2) not in live.server.engine._loaded, 10)
+        wait_for(lambda: ("ranker", 2) not in live.server.engine._loaded)
 
 
 def test_a_champion_that_cannot_be_loaded_leaves_the_old_one_serving(toy_root: Path) -> None:
     with Live(toy_root) as live:
         release(live.storage, stage="promoted", champion=Release(ranker=9, retriever=9))
-        wait_for(lambda: live.status()["errors"], 10)
+        wait_for(lambda: live.status()["errors"])
         assert "components.publish" in live.status()["errors"]["ranker 9"]
         assert live.rank(1, [ITEM_IDS[0]])["version"] == 1 and live.status()["ready"]
 
@@ -83,7 +83,7 @@ def test_a_challenger_that_cannot_be_loaded_costs_its_users_nothing(toy_root: Pa
     with Live(toy_root) as live:
         state = {"champion": ONE, "challenger": Release(ranker=9, retriever=9), "share": 10_000}
         release(live.storage, stage="canary", **state)
-        wait_for(lambda: live.status()["errors"], 10)
+        wait_for(lambda: live.status()["errors"])
         assert live.rank(1, [ITEM_IDS[0]])["track"] == "champion"
         assert live.metric("freshet_challenger_fallbacks_total") == 1
 
@@ -93,7 +93,7 @@ def shadow_rows(live: Live, requests: int) -> list[dict[str, Any]]:
         live.server.journal.flush()
         return len({r["request_id"] for r in read_log(live.storage, "serving/shadow")}) >= requests
 
-    wait_for(arrived, 10)
+    wait_for(arrived)
     return read_log(live.storage, "serving/shadow")
 
 
@@ -102,7 +102,7 @@ def test_in_shadow_the_challenger_scores_what_the_champion_showed(toy_root: Path
     second_version(storage)
     with Live(toy_root) as live:
         state = release(storage, stage="shadow", champion=ONE, challenger=TWO, shadow_share=1.0)
-        wait_for(lambda: live.seq() == state.seq, 10)
+        wait_for(lambda: live.seq() == state.seq)
         recommended, ranked = live.recommend(1, k=7), live.rank(1, ITEM_IDS[:5])
         rows = shadow_rows(live, 2)
         counts = live.status()["tracks"]["challenger"]["shadow"]
@@ -122,7 +122,7 @@ def test_errors_of_the_challenger_in_shadow_are_counted_and_harm_nobody(toy_root
     second_version(storage)
     with Live(toy_root) as live:
         state = release(storage, stage="shadow", champion=ONE, challenger=TWO, shadow_share=1.0)
-        wait_for(lambda: live.seq() == state.seq, 10)
+        wait_for(lambda: live.seq() == state.seq)
         with live.server.engine._loaded["ranker", 2].reading() as served:
             served.model.score = None  # type: ignore[method-assign,assignment]
         answers = [live.rank(user, ITEM_IDS[:5]) for user in range(3)]
@@ -147,7 +147,7 @@ def test_a_stage_counts_its_own_requests_and_none_from_before(toy_root: Path) ->
 
         def enter(since: datetime) -> None:
             state = release(storage, **canary, stage_since=since)
-            wait_for(lambda: live.seq() == state.seq, 10)
+            wait_for(lambda: live.seq() == state.seq)
 
         enter(begun)
         for user in range(3):

@@ -107,7 +107,7 @@ def test_a_weight_of_which_scores_could_overflow_is_refused(toy_root: Path) -> N
         LogWriter(storage, "ranker", 1).publish_delta(
             1, bridge.export_changes(trainer, since, 1), windows=[], event_range=None, metrics={}
         )
-        wait_for(lambda: "slot item_bias has weights" in live.status()["errors"].get("ranker 1", ""), 10)
+        wait_for(lambda: "slot item_bias has weights" in live.status()["errors"].get("ranker 1", ""))
         assert live.rank(NEWCOMER, ITEM_IDS)["items"] == before
 
 
@@ -158,7 +158,7 @@ def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_i
         trained = train_delta(live.storage, "ranker")
         path, sound = damage(live.storage, 2)
         live.server.engine._lock.release()
-        wait_for(lambda: live.status()["errors"], 10)
+        wait_for(lambda: live.status()["errors"])
         status = live.status()
         assert path in status["errors"]["ranker 1"] and status["ready"]
         assert path in status["tracks"]["champion"]["ranker"]["error"]
@@ -168,7 +168,7 @@ def test_a_damaged_delta_is_reported_and_the_old_parameters_keep_serving_until_i
         assert answer["delta"] == 1 and answer["items"] == scores
         live.storage.write_bytes(path, sound)
         live.wait_for_delta(3)
-        wait_for(lambda: not live.status()["errors"], 10)
+        wait_for(lambda: not live.status()["errors"])
         assert live.metric('freshet_resyncs_total{model="ranker"}') == 1
         assert live.metric('freshet_parameter_log_corrupt{model="ranker",version="1"}') == 0
         with live.server.engine._loaded["ranker", 1].reading() as served:
@@ -208,17 +208,17 @@ def test_a_log_is_reported_damaged_as_long_as_it_is_damaged_and_followed(
         publish(live.storage, "ranker", 2, model, Trainer(model))
         path, sound = damage(live.storage, 0, version=2)
         release(live.storage, stage="shadow", champion=one, challenger=two)
-        wait_for(lambda: live.status()["errors"], 10)
+        wait_for(lambda: live.status()["errors"])
         assert live.metric(corrupt) == 1
         live.storage.write_bytes(path, sound)
-        wait_for(lambda: "challenger" in live.status()["tracks"], 10)
+        wait_for(lambda: "challenger" in live.status()["tracks"])
         assert live.metric(corrupt) == 0
         with live.server.engine._lock:  # no sync until the damage is done
             train_delta(live.storage, "ranker", version=2)
             damage(live.storage, 1, version=2)
-        wait_for(lambda: live.metric(corrupt) == 1, 10)
+        wait_for(lambda: live.metric(corrupt) == 1)
         release(live.storage, stage="rolled_back", champion=one)
-        wait_for(lambda: corrupt not in live.server.metrics.text().decode(), 10)
+        wait_for(lambda: corrupt not in live.server.metrics.text().decode())
 
 
 def test_a_deleted_log_of_the_challenger_keeps_the_server_from_nothing(
@@ -230,18 +230,18 @@ def test_a_deleted_log_of_the_challenger_keeps_the_server_from_nothing(
         model = build("ranker")
         publish(live.storage, "ranker", 2, model, Trainer(model))
         release(live.storage, stage="shadow", champion=one, challenger=two)
-        wait_for(lambda: "challenger" in live.status()["tracks"], 10)
+        wait_for(lambda: "challenger" in live.status()["tracks"])
         with live.server.engine._lock:
             train_delta(live.storage, "ranker", version=2)
             damage(live.storage, 1, version=2)
-        wait_for(lambda: "checksum" in str(live.status()["errors"]), 10)
+        wait_for(lambda: "checksum" in str(live.status()["errors"]))
         for path in live.storage.list("parameters/ranker/2"):
             live.storage.delete(path)
-        wait_for(lambda: "checksum" not in str(live.status()["errors"]), 10)
+        wait_for(lambda: "checksum" not in str(live.status()["errors"]))
         train_delta(live.storage, "ranker")
         live.wait_for_delta(1)
         release(live.storage, stage="rolled_back", champion=one)
-        wait_for(lambda: live.status()["stage"] == "rolled_back", 10)
+        wait_for(lambda: live.status()["stage"] == "rolled_back")
 
 
 def test_a_gap_in_the_log_stops_the_sync_and_is_reported(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_gap_in_the_log_stops_the_sync_and_is_reported(toy_root: Path, monkeyp
             for _ in range(2):
                 train_delta(live.storage, "ranker")
             live.storage.delete(parameter_log.manifest_path("ranker", 1, "delta", 1))
-        wait_for(lambda: "gap" in live.status()["errors"].get("ranker 1", ""), 10)
+        wait_for(lambda: "gap" in live.status()["errors"].get("ranker 1", ""))
         assert live.rank(1, [ITEM_IDS[0]])["delta"] == 0
 
 
@@ -260,7 +260,7 @@ def test_events_that_others_write_reach_the_histories(toy_root: Path) -> None:
         impressions, actions = sessions(range(900, 901), 1_760_000_000_000_000)
         live.storage.write_table("events/impressions/dt=2025-10-09/hour=08/batch.parquet", impressions)
         live.storage.write_table("events/actions/dt=2025-10-09/hour=08/batch.parquet", actions)
-        wait_for(lambda: len(live.server.history.snapshot(900)[1].action_of) == actions.num_rows, 10)
+        wait_for(lambda: len(live.server.history.snapshot(900)[1].action_of) == actions.num_rows)
 
 
 def test_history_days_bound_what_is_read_at_start(toy_root: Path) -> None:

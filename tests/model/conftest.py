@@ -13,6 +13,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """A test draws the same numbers, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an instruction set; the kernels are those for it. Skips where this machine lacks it."""
