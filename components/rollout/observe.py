@@ -10,13 +10,15 @@ from typing import Any
 import httpx
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from components.errors import BadInput
 from components.pretrain.champion import PREFIX, VERSION
 from components.rollout.assignment import serves_challenger
 from components.rollout.evidence import Arm, Observation, Serving
 from components.rollout.policy import Policy
 from components.rollout.state import Release, RolloutState
+from components.schemas import ACTION_EVENTS, IMPRESSIONS
+from components.serve.shipping import SHADOW
 from components.storage import Storage
 
 NO_SERVER = "none"
@@ -38,11 +40,16 @@ def observe(storage: Storage, state: RolloutState, now: datetime, server_url: st
     since = state.stage_since + timedelta(seconds=state.policy.settle_s)
     role = "shadow" if state.stage == "shadow" else "serving"
     serving, notes = _ask(server_url, state, state.challenger, role) if server_url != NO_SERVER else (None, ())
-    common: dict[str, Any] = {"serving": serving, "serving_required": server_url != NO_SERVER, "notes": notes}
-    if state.stage == "shadow":
-        return Observation(shadow=shadow_counts(storage, state.challenger.ranker, since, now), **common)
-    arms, misassigned = arm_counts(storage, state, state.policy, since, now)
-    return Observation(**arms, misassigned=misassigned, **common)
+    logged: dict[str, Any] = {}
+    try:
+        if state.stage == "shadow":
+            logged["shadow"] = shadow_counts(storage, state.challenger.ranker, since, now)
+        else:
+            arms, logged["misassigned"] = arm_counts(storage, state, state.policy, since, now)
+            logged |= arms
+    except BadInput as error:  # a damaged file: nothing is known of the log, but the server's counts still are
+        logged, notes = {}, (*notes, str(error))
+    return Observation(serving=serving, serving_required=server_url != NO_SERVER, notes=notes, **logged)
 
 
 def _offline(storage: Storage, champion: Release | None, challenger: Release) -> Observation:
@@ -86,10 +93,10 @@ def arm_counts(
     storage: Storage, state: RolloutState, policy: Policy, since: datetime, now: datetime
 ) -> tuple[dict[str, Arm], int]:
     """Counts of both arms over impressions in [since, now), and how many users saw a track that is not theirs."""
-    impressions = _read(storage, "impressions", since, now, [*_KEY, "track"])
+    impressions = _read(storage, "impressions", since, now, _subset(IMPRESSIONS, "track"))
     tracked = impressions.filter(pc.is_in(impressions["track"], pa.array(["champion", "challenger"])))
     tracked = tracked.group_by([*_KEY, "track"]).aggregate([])  # one row per impression, however often it was sent
-    actions = _read(storage, "actions", since, now, [*_KEY, "action"])
+    actions = _read(storage, "actions", since, now, _subset(ACTION_EVENTS, "action"))
     hits = actions.filter(pc.equal(actions["action"], policy.quality_action)).group_by(_KEY).aggregate([])
     hits = hits.append_column("hit", pa.array([1] * hits.num_rows, pa.int64()))
     joined = tracked.join(hits, keys=_KEY, join_type="left outer")
@@ -119,10 +126,8 @@ def _arm(users: list[dict[str, Any]]) -> Arm:
 
 def shadow_counts(storage: Storage, version: int, since: datetime, now: datetime) -> Serving:
     """What the shadow log says of this ranker version: requests, failed ones, and ones without any scored item."""
-    columns = ["request_id", "item_id", "error", "version"]
-    rows = _read_folders(
-        storage, (f"serving/shadow/dt={day:%Y-%m-%d}" for day in _days(since, now)), since, now, columns
-    )
+    folders = (f"serving/shadow/dt={day:%Y-%m-%d}" for day in _days(since, now))
+    rows = _read_folders(storage, folders, since, now, _subset(SHADOW, "version", "error"))
     rows = rows.filter(pc.equal(rows["version"], version))
     failed = set(rows.filter(pc.is_valid(rows["error"]))["request_id"].to_pylist())
     scored = set(rows.filter(pc.is_valid(rows["item_id"]))["request_id"].to_pylist())
@@ -152,39 +157,31 @@ def _ask(
         return None, (f"{url} gave no counts of the challenger: {error!r}",)
 
 
-def _read(storage: Storage, kind: str, since: datetime, now: datetime, columns: list[str]) -> pa.Table:
-    """Rows of the event log with timestamp in [since, now), projected to `columns`."""
+def _read(storage: Storage, kind: str, since: datetime, now: datetime, schema: pa.Schema) -> pa.Table:
+    """Rows of the event log with timestamp in [since, now), with the columns of `schema`."""
     folders = (f"events/{kind}/dt={hour:%Y-%m-%d}/hour={hour:%H}" for hour in _hours(since, now))
-    return _read_folders(storage, folders, since, now, columns)
+    return _read_folders(storage, folders, since, now, schema)
 
 
 def _read_folders(
-    storage: Storage, folders: Iterator[str], since: datetime, now: datetime, columns: list[str]
+    storage: Storage, folders: Iterator[str], since: datetime, now: datetime, schema: pa.Schema
 ) -> pa.Table:
-    tables = []
+    """BadInput names a file that cannot be read or lacks a column that every row needs."""
+    tables = [schema.empty_table()]
     for folder in folders:
         for path in storage.list(folder):
             if path.endswith(".parquet"):
-                source = pa.BufferReader(storage.read_bytes(path))
-                table = pq.read_table(source, columns=[*columns, "timestamp"])
+                table = storage.read_table_as(path, schema)
                 in_period = pc.and_(
                     pc.greater_equal(table["timestamp"], pa.scalar(since)), pc.less(table["timestamp"], pa.scalar(now))
                 )
-                tables.append(table.filter(in_period).select(columns))
-    if tables:
-        return pa.concat_tables(tables, promote_options="default")
-    return pa.table({name: pa.array([], _TYPES[name]) for name in columns})
+                tables.append(table.filter(in_period))
+    return pa.concat_tables(tables)
 
 
-_TYPES = {
-    "request_id": pa.int64(),
-    "user_id": pa.int64(),
-    "item_id": pa.int64(),
-    "track": pa.string(),
-    "action": pa.string(),
-    "error": pa.string(),
-    "version": pa.int32(),
-}
+def _subset(schema: pa.Schema, *columns: str) -> pa.Schema:
+    """The columns that name an event and its time, and these."""
+    return pa.schema([schema.field(name) for name in (*_KEY, "timestamp", *columns)])
 
 
 def _hours(since: datetime, now: datetime) -> Iterator[datetime]:

@@ -36,6 +36,8 @@ from components.rollout.state import Alias, Release, RolloutState, Stage
 from components.storage import Storage
 
 NO_REGISTRY = "none"
+JUDGED = ("advance", "promote")
+"""Orders that look at the evidence. All others, an abort above all, must not wait for it, nor fail because of it."""
 _ATTEMPTS = 20
 
 
@@ -75,7 +77,8 @@ def decide(storage: Storage, config: RolloutConfig) -> tuple[RolloutResult, tupl
         order = _order(storage, config)
         subject = order.release or _subject(before, config)
         now = datetime.now(UTC)
-        observation = observe(storage, before, now, config.server())
+        judged = order.command in JUDGED
+        observation = observe(storage, before, now, config.server()) if judged else Observation()
         after, actions = step(before, observation, now, config, order)
         if after is not before:
             try:

@@ -120,6 +120,44 @@ def test_the_servers_counts_are_needed_and_judged(storage: Storage) -> None:
         assert done.stage == "rolled_back" and "error rate 0.2" in done.reason
 
 
+def test_a_damaged_event_file_gives_no_verdict_and_stops_neither_a_guardrail_nor_an_abort(storage: Storage) -> None:
+    status = counts(2, RolloutState())
+    with status_server(status) as url:
+        state = canary(storage, server_url=url)
+        at = datetime.now(UTC)
+        log_traffic(storage, state, at, range(300), {"champion": 0.5, "challenger": 0.6})
+        damaged = f"events/actions/dt={at:%Y-%m-%d}/hour={at:%H}/damaged.parquet"
+        storage.write_bytes(damaged, b"PAR1 and no more")
+        status.update(counts(2, state))
+        held = go(storage, server_url=url)
+        assert held.stage == "canary" and damaged in held.waiting_for
+        paused = go(storage, "pause", server_url=url)
+        assert (paused.stage, go(storage, "resume", server_url=url).stage) == ("paused", "canary")
+        status.update(counts(2, record.current(storage), errors=100))
+        assert go(storage, server_url=url).stage == "rolled_back"
+
+
+def test_an_abort_does_not_look_at_the_evidence(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be what is broken, and reading all of a long stage takes its time."""
+    canary(storage)
+
+    def broken(*_: object) -> Any:
+        raise OSError("the event log cannot be read")
+
+    monkeypatch.setattr(rollout, "observe", broken)
+    assert go(storage, "abort").stage == "rolled_back"
+
+
+def test_event_files_without_optional_columns_are_no_traffic_of_a_rollout(storage: Storage) -> None:
+    state = canary(storage)
+    at = datetime.now(UTC)
+    log_traffic(storage, state, at, range(300), {"champion": 0.5, "challenger": 0.6})
+    folder = f"events/impressions/dt={at:%Y-%m-%d}/hour={at:%H}"
+    table = storage.read_table(storage.list(folder)[0])
+    storage.write_table(f"{folder}/foreign.parquet", table.drop_columns(["version", "delta", "track", "score"]))
+    assert go(storage).stage == "promoted"
+
+
 def test_counts_of_another_stage_decide_nothing(storage: Storage) -> None:
     """Until the server follows the stage, its counts are of requests from before: too good or too bad."""
     status = counts(2, RolloutState())
