@@ -7,6 +7,7 @@ MLflow (`model_dump`) and the reference docs; `tests/components/test_config.py` 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -92,14 +93,28 @@ def cli(config: type[Config], run: Callable[[Config], BaseModel], argv: Sequence
     except FreshetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (PermissionError, NotADirectoryError) as error:
-        print(f"error: {error}; name a place that this user may read and write", file=sys.stderr)
+    except Exception as error:
+        if (remedy := _remedy(error)) is None:
+            raise
+        print(f"error: {error}; {remedy}", file=sys.stderr)
         return FreshetError.exit_code
     if path := os.environ.get("FRESHET_RESULT_PATH"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(result)
     print(result, flush=True)
     return 0
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to do about an error of the place where things are kept; None of others, which need their traceback."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS):
+        return "name a place that this user may read and write"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "make room there, then run this again: what is finished stays, and what is not is not seen by anybody"
+    if type(error).__module__.startswith("botocore."):
+        return "check the bucket in the root, AWS_ENDPOINT_URL, the region and the credentials, then run this again"
+    return None
 
 
 def to_arguments(values: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,8 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -41,19 +43,15 @@ class LocalFiles:
         return (self.folder / path).read_bytes()
 
     def write(self, path: str, data: bytes) -> None:
-        temporary = self._write_temporary(path, data)
-        os.replace(temporary, self.folder / path)
-        sync_folder(temporary.parent)
+        with self._temporary(path, data) as temporary:
+            os.replace(temporary, self.folder / path)
 
     def create(self, path: str, data: bytes) -> None:
-        temporary = self._write_temporary(path, data)
-        try:
-            os.link(temporary, self.folder / path)  # unlike rename, link fails when the name is taken
-        except FileExistsError:
-            raise AlreadyExists(path) from None
-        finally:
-            temporary.unlink()
-        sync_folder(temporary.parent)
+        with self._temporary(path, data) as temporary:
+            try:
+                os.link(temporary, self.folder / path)  # unlike rename, link fails when the name is taken
+            except FileExistsError:
+                raise AlreadyExists(path) from None
 
     def exists(self, path: str) -> bool:
         return (self.folder / path).is_file()
@@ -68,15 +66,24 @@ class LocalFiles:
     def delete(self, path: str) -> None:
         (self.folder / path).unlink(missing_ok=True)
 
-    def _write_temporary(self, path: str, data: bytes) -> Path:
+    @contextmanager
+    def _temporary(self, path: str, data: bytes) -> Iterator[Path]:
+        """A file with `data` beside `path`, to get its name; gone afterwards, also if the disk is full."""
         target = self.folder / path
         make_folder(target.parent)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return temporary
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        except OSError as error:
+            error.filename = error.filename or str(target)  # a failed write does not say of which file
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(target.parent)
 
 
 def _unless_gone(error: OSError) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
@@ -68,6 +70,30 @@ def test_only_wrong_input_exits_2_what_may_succeed_later_exits_1(capsys: pytest.
     for error in (FreshetError("no server answers"), AlreadyExists("delta 1 is published")):
         assert cli(PourConfig, failing(error), []) == 1
         assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/store/a"), "/store/a'; make room there"),
+        (OSError(errno.EROFS, "Read-only file system", "/store"), "/store'; name a place that this user may"),
+        (PermissionError(errno.EACCES, "Permission denied", "/store"), "/store'; name a place that this user may"),
+        (NoCredentialsError(), "Unable to locate credentials; check the bucket in the root"),
+        (EndpointConnectionError(endpoint_url="http://s3"), 'http://s3"; check the bucket in the root'),
+        (ClientError({"Error": {"Code": "NoSuchBucket"}}, "PutObject"), "(NoSuchBucket)"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_told_with_the_remedy_and_may_be_tried_again(
+    error: Exception, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(PourConfig, failing(error), []) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and remedy in told
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(FileNotFoundError):
+        cli(PourConfig, failing(FileNotFoundError(errno.ENOENT, "No such file", "a")), [])
 
 
 def test_damaged_data_is_not_called_wrong_settings() -> None:

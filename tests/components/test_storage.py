@@ -152,14 +152,21 @@ def test_a_truncated_parquet_file_is_named_in_the_error(anywhere: Storage) -> No
         anywhere.read_table("t.parquet")
 
 
-def test_a_write_that_dies_midway_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     files = LocalFiles(tmp_path)
     files.write("value", b"old")
-    monkeypatch.setattr("components.storage.os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"components.storage.os.{step}", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/value'"):
         files.write("value", b"new")
     assert files.read("value") == b"old"
-    assert files.list("") == ["value"], "temporary files are never listed"
+    assert os.listdir(tmp_path) == ["value"], "what is left would keep the disk full, and nobody would ever find it"
 
 
 @pytest.mark.parametrize("write", ["write", "create"])
