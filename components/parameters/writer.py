@@ -83,7 +83,13 @@ class LogWriter:
 
     def _history(self, n: int) -> dict[str, Any]:
         entry = self.reader.entry(n)
-        entries = [entry.manifest if i == n else self.reader.manifest(i) for i in range(n + 1)]
+        base = max(i for i in self.reader.snapshots() if i < n)  # it tells of all before it: a log gets long
+        snapshot = self.reader.find("snapshot", base)
+        if snapshot is None:
+            raise AlreadyExists(
+                f"snapshot {base} of {self.model} {self.version} was given up for one of another compaction"
+            )
+        entries = [snapshot.manifest, *(self.reader.manifest(i) for i in range(base + 1, n)), entry.manifest]
         lows = [e.event_time_min_us for e in entries if e.event_time_min_us is not None]
         return {
             "windows": [key for e in entries for key in e.windows],

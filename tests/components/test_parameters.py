@@ -12,7 +12,7 @@ from components.parameters.arrays import Parameters
 from components.parameters.compaction import compact, retain
 from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
-from components.storage import Storage
+from components.storage import LocalFiles, Storage
 from tests.components.parameter_world import WINDOW, TinyTrainer, identical, publish_delta, small_log
 
 CHANGE = st.tuples(st.sampled_from(["write", "erase"]), st.sampled_from(["item", "user"]), st.integers(-3, 3))
@@ -166,6 +166,32 @@ def test_compaction_keeps_the_bits_and_is_idempotent(root: str) -> None:
     folded, last = reader_of(root).find("snapshot", 3), reader_of(root).manifest(3)
     assert folded is not None and folded.manifest.consumed_until_us == last.consumed_until_us
     assert folded.manifest.windows == [WINDOW] and folded.manifest.learned_until_us == 35
+
+
+def test_a_compaction_tells_all_of_the_history_and_reads_what_follows_the_snapshot_before(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, writer = TinyTrainer(), LogWriter(Storage(root), "ranker", 1)
+    writer.publish_snapshot(0, trainer.everything(0), windows=[WINDOW], event_range=(5, 9))
+    windows = [f"20220502T{hour:02}0000Z-20220502T{hour + 1:02}0000Z" for hour in range(6)]
+    for n, window in enumerate(windows, 1):
+        trainer.write("item", n)
+        writer.publish_delta(n, trainer.delta(n), windows=[window], event_range=(10 * n, 10 * n + 5), metrics={})
+        if n == 4:
+            compact(Storage(root), "ranker", 1)
+    read: list[str] = []
+    original = LocalFiles.read
+
+    def noted(self: LocalFiles, path: str) -> bytes:
+        read.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(LocalFiles, "read", noted)
+    compact(Storage(root), "ranker", 1)
+    newest = reader_of(root).find("snapshot", 6)
+    assert newest is not None and newest.manifest.windows == [WINDOW, *windows]
+    assert (newest.manifest.event_time_min_us, newest.manifest.event_time_max_us) == (5, 65)
+    assert not [path for path in read if "snapshot-0/" in path or "delta-3/" in path], "the past is not read again"
 
 
 def test_the_log_goes_on_after_compaction_and_retention(root: str) -> None:
