@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
-from components.errors import FreshetError
+from components.errors import BadInput, FreshetError
 from components.rollout import record
 from components.rollout.assignment import serves_challenger
 from components.rollout.state import Release, RolloutState
@@ -75,10 +75,18 @@ class Engine:
         self._lock = threading.Lock()
 
     def sync(self) -> str:
-        """Follow the record and the logs once. Returns a line that says what is served; never raises for bad logs."""
+        """Follow the record and the logs once. Returns a line that says what is served; never raises for bad logs.
+
+        BadInput: the record has lost entries, as when the store is not mounted; what is loaded keeps serving.
+        """
         with self._lock:
             self._found = {}
             state = record.current(self.storage)
+            if self.tracks is not None and state.seq < self.tracks.state.seq:
+                raise BadInput(
+                    f"{self.storage.root} has lost the rollout's decision {self.tracks.state.seq}, which is served: "
+                    "bring the store back, or restart the server to follow what is there now"
+                )
             applied = sum(self._sync_version(version) for version in list(self._loaded.values()))
             champion = self._track("champion", state.champion, state)
             challenger = self._track("challenger", state.challenger, state)

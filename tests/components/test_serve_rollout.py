@@ -88,6 +88,17 @@ def test_a_challenger_that_cannot_be_loaded_costs_its_users_nothing(toy_root: Pa
         assert live.metric("freshet_challenger_fallbacks_total") == 1
 
 
+def test_a_store_that_is_away_changes_nothing_that_serves(toy_root: Path) -> None:
+    """An empty mount point looks like a store in which nothing has been released."""
+    with Live(toy_root) as live:
+        away = (toy_root / "serving" / "rollout").rename(toy_root / "away")
+        wait_for(lambda: "sync" in live.status()["errors"], 10)
+        assert "bring the store back" in live.status()["errors"]["sync"]
+        assert live.rank(1, [ITEM_IDS[0]])["version"] == 1 and live.client.get("/readyz").status_code == 200
+        away.rename(toy_root / "serving" / "rollout")
+        wait_for(lambda: not live.status()["errors"], 10)
+
+
 def shadow_rows(live: Live, requests: int) -> list[dict[str, Any]]:
     def arrived() -> bool:
         live.server.journal.flush()
