@@ -179,7 +179,10 @@ def _ship_all(segments: list[Path], storage: Storage) -> None:
 
 
 def read_segment(path: Path) -> Iterator[Rows]:
-    """The whole records of a segment. A torn end was never acknowledged; its bytes are kept in <name>.torn."""
+    """The whole records of a segment. A torn end was never acknowledged; its bytes go to <name>.torn, if they can.
+
+    A full disk tears records, and must not keep those before them from being shipped, which makes room.
+    """
     data = path.read_bytes()
     place = 0
     while place + _HEADER.size <= len(data):
@@ -190,8 +193,11 @@ def read_segment(path: Path) -> Iterator[Rows]:
         yield json.loads(payload)
         place += _HEADER.size + length
     if place < len(data):
-        path.with_suffix(".torn").write_bytes(data[place:])
-        log.warning("%s ends in %d bytes of an unacknowledged record, kept beside it", path.name, len(data) - place)
+        log.warning("%s ends in %d bytes of an unacknowledged record", path.name, len(data) - place)
+        try:
+            path.with_suffix(".torn").write_bytes(data[place:])
+        except OSError as error:
+            log.warning("they cannot be kept beside it: %s", error)
 
 
 def _take(folder: Path, root: str) -> BinaryIO:

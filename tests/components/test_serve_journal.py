@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -114,6 +115,27 @@ def test_a_torn_record_at_the_end_is_left_out_and_kept_beside(storage: Storage, 
     Journal(folder, storage, NEVER).close()
     assert logged(storage) == [1]
     assert len(list(folder.glob("*.torn"))) == 1
+
+
+def test_on_a_full_disk_what_was_acknowledged_is_shipped_all_the_same(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shipping is what makes room again; there is none for a copy of the record that the full disk tore."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "journal"
+    journal = Journal(folder, storage, NEVER)
+    journal.append({"impressions": [impression(1)]}).result(5)
+    (segment,) = folder.glob("*.wal")
+    with segment.open("ab") as file:
+        file.write(b"half of a rec")
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_bytes", full)
+        journal.flush()
+    assert logged(storage) == [1] and list(folder.glob("*.wal")) == []
+    journal.close()
 
 
 def test_segment_names_never_repeat(storage: Storage, tmp_path: Path) -> None:
