@@ -15,10 +15,11 @@ from components.schemas import ACTIONS, action_bit
 INT64_MAX = 2**63 - 1
 MAX_ITEMS = 200
 MAX_EXCLUDE = 10_000
+MAX_EVENTS = 10_000
+"""Rows per list: while they are checked (a second per some 20,000), nobody else is answered."""
 
 Id = Annotated[int, Field(strict=True, ge=-(2**63), le=INT64_MAX)]
 Int32 = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Track = Literal["champion", "challenger"]
 
 
@@ -127,10 +128,17 @@ def _refuse(row: Any, handler: Any) -> Any:
 
 
 class EventsBody(Strict):
-    """Impressions and actions, in any mix. A bad row is refused on its own; the others are recorded."""
+    """Impressions and actions, in any mix. A bad row is refused on its own; the others are recorded.
 
-    impressions: list[Annotated[ImpressionIn, WrapValidator(_refuse)]] = Field([], description="what was shown")
-    actions: list[Annotated[ActionIn, WrapValidator(_refuse)]] = Field([], description="what was done with it")
+    Send more rows than a list takes in several requests.
+    """
+
+    impressions: list[Annotated[ImpressionIn, WrapValidator(_refuse)]] = Field(
+        [], max_length=MAX_EVENTS, description="what was shown"
+    )
+    actions: list[Annotated[ActionIn, WrapValidator(_refuse)]] = Field(
+        [], max_length=MAX_EVENTS, description="what was done with it"
+    )
 
 
 class RecommendedItem(BaseModel):

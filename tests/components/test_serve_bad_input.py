@@ -39,6 +39,8 @@ def post(live: Live, path: str, body: Any) -> httpx.Response:
         ("/v1/rank", {"user_id": 1, "candidates": list(range(10_001))}, 413, "at most 10000 candidates"),
         ("/v1/rank", {"user_id": 1, "candidates": list(range(10**6))}, 413, "at most 10000 candidates"),
         ("/v1/events", {"impressions": 5}, 422, "impressions"),
+        ("/v1/events", {"impressions": [0] * 10_001}, 422, "impressions: List should have at most 10000 items"),
+        ("/v1/events", {"actions": [0] * 10_001}, 422, "actions: List should have at most 10000 items"),
         ("/v1/events", {"clicks": []}, 422, "clicks: Extra inputs"),
         ("/v1/nowhere", {}, 404, "Not Found; /docs shows"),
         ("/livez", {}, 405, "Method Not Allowed; /docs shows"),
