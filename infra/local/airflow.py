@@ -1,4 +1,4 @@
-"""Airflow's REST API as a person uses it: unpause a DAG, trigger a run, watch it, read what its tasks returned."""
+"""Airflow's REST API as a person uses it: trigger a run, watch it, read what its tasks returned."""
 
 from __future__ import annotations
 
@@ -44,16 +44,12 @@ class Airflow:
                 raise FreshetError(f"Airflow has not found {', '.join(sorted(missing))} after {timeout:.0f} s")
             tick()
             time.sleep(1)
-        for dag_id in dag_ids:
-            self._checked(self.http.patch(f"/api/v2/dags/{dag_id}", json={"is_paused": False}))
 
     def ensure_pool(self, name: str, slots: int) -> None:
-        """Create or resize a pool; deferred tasks keep their slot, so that a GPU is never promised twice."""
+        """Create a pool if absent; deferred tasks keep their slot, so that a GPU is never promised twice."""
         pool = {"name": name, "slots": slots, "include_deferred": True, "description": "training"}
         if self.http.get(f"/api/v2/pools/{name}").status_code == 404:
             self._checked(self.http.post("/api/v2/pools", json=pool))
-        else:
-            self._checked(self.http.patch(f"/api/v2/pools/{name}", json=pool))
 
     def trigger(self, dag_id: str, conf: dict[str, Any], partition_key: str | None = None) -> DagRun:
         """Start a run; `partition_key` is the window key of a continual training run."""

@@ -82,17 +82,21 @@ class Stack:
         return {**os.environ, **self.environment}
 
     def services(self) -> list[Service]:
+        """All of them, in the order to start them; the scheduler comes last, when the others answer.
+
+        It takes up open runs at once, and a task that cannot reach Airflow's API server fails.
+        """
         airflow = [sys.executable, "-m", "airflow"]
         return [
             self._service("mlflow", self._mlflow(), "/health"),
             self._service("spark", [sys.executable, "-m", "spark_jobs.server", "--port", str(self.ports["spark"])]),
             self._service("airflow", [*airflow, "api-server"], "/api/v2/monitor/health"),
-            self._service("airflow-scheduler", [*airflow, "scheduler", "--skip-serve-logs"]),
             self._service("airflow-dag-processor", [*airflow, "dag-processor"]),
             self._service("airflow-triggerer", [*airflow, "triggerer", "--skip-serve-logs"]),
             self._service(
                 "serve", [sys.executable, "-m", "components.serve", f"--port={self.ports['serve']}"], "/livez"
             ),
+            self._service("airflow-scheduler", [*airflow, "scheduler", "--skip-serve-logs"]),
         ]
 
     def _service(self, name: str, command: list[str], ready: str | None = None) -> Service:

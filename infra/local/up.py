@@ -16,16 +16,17 @@ GPU_POOL_SLOTS = 2  # on a laptop the pool stands for cores: ranker and retrieve
 
 
 def start(stack: Stack, console: Console) -> Airflow:
-    """Start every service, wait until all answer, switch the DAGs on; the client of the running Airflow."""
+    """Start every service, wait until all answer and the DAGs are read; the client of the running Airflow."""
     supervisor = Supervisor(stack.home)
     with console.status("preparing folders and Airflow's database") as status:
         stack.prepare()
-        services = stack.services()
-        for service in services:
+        *others, scheduler = stack.services()
+        for service in others:
             supervisor.start(service)
-        for service in services:
+        for service in others:
             status.update(f"starting {service.name} (log: {supervisor.log(service.name)})")
             supervisor.wait_ready(service, timeout=180)
+        supervisor.start(scheduler)
         airflow = Airflow(stack.url("airflow"))
         airflow.login()
         airflow.ensure_pool("gpu", GPU_POOL_SLOTS)
