@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from infra.images.spark_s3 import SDK, connector, install
+from tests.dags.airflow_process import call
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -39,6 +40,26 @@ def test_a_schedule_given_to_compose_reaches_airflow(compose: dict[str, Any]) ->
     for name in ("FRESHET_CONTINUAL_CRON", "FRESHET_CONTINUAL_START"):
         assert name in (ROOT / "dags" / "windows.py").read_text() and name in (INFRA / "README.md").read_text()
         assert compose["x-freshet"]["environment"][name] == f"${{{name}:-}}", "empty: no schedule"
+
+
+@pytest.mark.integration
+def test_the_containers_of_airflow_agree_on_its_secrets(compose: dict[str, Any], tmp_path: Path) -> None:
+    """A secret that is not set is random in each container: the API server could not show a worker's logs."""
+    keys = [("api", "secret_key"), ("api_auth", "jwt_secret"), ("core", "fernet_key")]
+    given = compose["x-freshet"]["environment"].items()
+    settings = {name: value for name, value in given if name.startswith(("AIRFLOW__API", "AIRFLOW__CORE__FERNET"))}
+    source = f"from airflow.configuration import conf\nanswer([conf.get(*key) for key in {keys}])"
+    homes = [tmp_path / name for name in ("airflow", "worker")]
+    for home in homes:
+        home.mkdir()
+    here, there = (call(home, source, settings) for home in homes)
+    assert here == there
+
+
+def test_tasks_start_when_airflows_api_server_answers(compose: dict[str, Any]) -> None:
+    for name in ("airflow-scheduler", "airflow-worker"):
+        assert compose["services"][name]["depends_on"]["airflow"] == {"condition": "service_healthy"}
+    assert "healthcheck" in compose["services"]["airflow"]
 
 
 def test_services_wait_for_services_that_exist(compose: dict[str, Any]) -> None:
