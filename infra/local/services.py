@@ -117,7 +117,7 @@ class Supervisor:
         """The live process behind the pid file; the start time guards against a recycled pid."""
         try:
             pid, started = self._pid_file(name).read_text().split()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # the machine or its disk failed while it was written
             return None
         _reap(int(pid))
         return int(pid) if _started(int(pid)) == started else None

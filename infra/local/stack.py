@@ -7,6 +7,7 @@ import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from components.errors import BadInput, FreshetError
@@ -142,19 +143,21 @@ class Stack:
         }
 
     def prepare(self) -> None:
-        """Create the folders and migrate Airflow's database; quick when both are there."""
+        """Create the folders and migrate Airflow's database; quick when both are there, of this Airflow."""
         for folder in ("store", "mlflow", "airflow", "run", "logs"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)
-        if not (self.home / "airflow" / "airflow.db").exists():
+        migrated, airflow = self.home / "airflow" / "migrated", version("apache-airflow")
+        if not migrated.exists() or migrated.read_text() != airflow:
             command = [sys.executable, "-m", "airflow", "db", "migrate"]
             done = subprocess.run(command, env=self.process_environment(), capture_output=True, text=True, check=False)
             if done.returncode:
                 raise FreshetError(f"`airflow db migrate` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            migrated.write_text(airflow)
 
     def _secret(self, name: str) -> str:
         """A random secret of this installation, made once and readable by its owner only."""
         path = self.home / "secrets" / name
-        if not path.exists():
+        if not path.exists() or not path.read_text():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
             path.write_text(secrets.token_hex(32))

@@ -66,6 +66,14 @@ def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
     assert supervisor.names() == []
 
 
+def test_a_pid_file_without_content_is_that_of_no_service(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old.pid").touch()
+    supervisor = Supervisor(tmp_path)
+    assert not supervisor.running("old")
+    assert supervisor.stop_all() == ["old"] and supervisor.names() == []
+
+
 def test_the_port_of_a_killed_service_is_free_when_kill_returns(tmp_path: Path) -> None:
     supervisor, service = Supervisor(tmp_path), listener(free_port())
     for _ in range(5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,38 @@ def test_a_port_that_is_none_is_named_with_its_setting(monkeypatch: pytest.Monke
     monkeypatch.setenv("FRESHET_PORT_SERVE", port)
     with pytest.raises(BadInput, match=f"FRESHET_PORT_SERVE is '{port}'; set it to a port number"):
         Stack.default()
+
+
+def test_a_first_start_that_was_interrupted_is_made_good_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Airflow's database is there before its tables are, and those of an older Airflow are migrated once."""
+    stack, migrations = Stack.isolated(tmp_path), []
+
+    def migrate(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "airflow" / "airflow.db").touch()
+        migrations.append(command[-2:])
+        if len(migrations) == 1:
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", migrate)
+    with pytest.raises(KeyboardInterrupt):
+        stack.prepare()
+    for _ in range(2):
+        stack.prepare()
+    assert migrations == [["db", "migrate"]] * 2
+    monkeypatch.setattr("infra.local.stack.version", lambda _: "of another lock file")
+    stack.prepare()
+    assert len(migrations) == 3
+
+
+def test_a_secret_that_was_not_written_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "jwt").touch()
+    stack = Stack.isolated(tmp_path)
+    made = stack.environment["AIRFLOW__API_AUTH__JWT_SECRET"]
+    assert made and stack.environment["AIRFLOW__API_AUTH__JWT_SECRET"] == made
 
 
 def test_cleaning_removes_the_demo_and_leaves_the_events_and_models_of_make_up() -> None:
