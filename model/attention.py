@@ -91,7 +91,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, normaliser: float,
         )
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise BadInput(f"attention needs q, k and v in one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if normaliser <= 0:
+    if not normaliser > 0:
         raise BadInput("the attention normaliser must be positive; use a constant such as the attention window")
     if seen.begin.numel() != rows or (rows and int(seen.offsets[-1]) != keys):
         raise BadInput(f"the visibility is for other rows or keys than {rows} and {keys}; build it from this batch")
@@ -107,3 +107,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, normaliser: float,
     self_rows = rows if bias.self_gap is None else len(bias.self_gap)
     if (len(bias.query_time), len(bias.key_time), self_rows) != (rows, keys, rows):
         raise BadInput("bias times need query_time and self_gap for each row and key_time for each key")
+    times = (bias.query_time, bias.key_time, bias.query_time if bias.self_gap is None else bias.self_gap)
+    if any(time.dtype != torch.int64 for time in times):
+        raise BadInput("bias times are int64 seconds; convert query_time, key_time and self_gap with .long()")

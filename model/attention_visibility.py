@@ -65,6 +65,9 @@ class Visibility:
         """Raise BadInput unless the offsets cover the rows and every interval stays inside its sequence."""
         if "checked" in self.cache:
             return
+        every = (self.offsets, self.first_row, self.begin, self.end, self.begin if self.prefix is None else self.prefix)
+        if any(each.dim() != 1 or each.dtype != torch.int64 for each in every):
+            raise BadInput("offsets, begin, end and prefix need one dimension and int64; convert with .long()")
         rows, keys = self.first_row.diff(), self.offsets.diff()
         if rows.shape != keys.shape or bool((rows < 0).any()) or bool((rows > keys).any()):
             raise BadInput("each sequence needs as many keys as rows at least; give offsets and row_offsets (B+1)")

@@ -30,9 +30,12 @@ def norm_silu_project(
 
     SiLU on the first silu_columns outputs. Raises BadInput when the shapes do not fit together.
     """
-    if len(sizes) != 4 or x.dim() != 2 or weight.shape != (x.shape[1], sum(sizes)) or silu_columns > sum(sizes):
-        raise BadInput(f"a projection to parts {sizes} needs x (T, D) and weight (D, {sum(sizes)})")
-    if not _fits(x):
+    columns = sum(sizes)
+    if len(sizes) != 4 or x.dim() != 2 or weight.shape != (x.shape[1], columns) or silu_columns > columns:
+        raise BadInput(f"a projection to parts {sizes} needs x (T, D) and weight (D, {columns})")
+    if norm.normalized_shape != (x.shape[1],) or (bias is not None and bias.shape != (columns,)):
+        raise BadInput(f"a projection to parts {sizes} needs a norm over {x.shape[1]} numbers and bias ({columns},)")
+    if not _fits(x, weight, bias, *norm.parameters()):
         return project_reference(x, norm, weight, bias, sizes, silu_columns)
     parts: Parts = hstu_project(x, weight, bias, norm.weight, norm.bias, sizes, silu_columns, norm.eps)
     return parts
@@ -48,8 +51,10 @@ def norm_gate_project(
     inputs = u.shape[-1] * (1 if gate == "product" else 3)
     if gate not in GATES or u.shape != a.shape or len(u) != len(x) or out.weight.shape != (x.shape[1], inputs):
         raise BadInput(f"gate {gate!r} (of {GATES}) needs u, a (R, W), x (R, D), out from {inputs} to D numbers")
+    if norm.normalized_shape != (u.shape[1],):
+        raise BadInput(f"gate {gate!r} needs a norm over {u.shape[1]} numbers, got {norm.normalized_shape}")
     dropout = dropout if training else 0.0
-    if not _fits(x):
+    if not _fits(x, u, a, *norm.parameters(), *out.parameters()):
         return finish_reference(x, u, a, norm, out, gate=gate, dropout=dropout)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     y: Tensor = hstu_finish(
@@ -102,8 +107,10 @@ def _row_key(seed: int, row: int) -> int:
     return (x ^ (x >> 31)) >> 32
 
 
-def _fits(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def _fits(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take them; the torch operators know what to say of a mixture of types or devices."""
+    here = all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+    return here and not torch.is_autocast_enabled("cpu")
 
 
 def _addresses(tensors: dict[str, Tensor | None]) -> tuple[dict[str, int], list[Tensor]]:

@@ -184,6 +184,9 @@ def test_rows_and_prefixes_that_do_not_fit_are_refused(rows: list[int], prefix: 
         ({"time_weights": torch.ones(128)}, "129"),
         ({"position_weights": torch.ones(0)}, "P > 0"),
         ({"key_time": torch.zeros(3).long()}, "bias times"),
+        ({"query_time": torch.zeros(2)}, "int64 seconds"),
+        ({"key_time": torch.zeros(2).int()}, "int64 seconds"),
+        ({"self_gap": torch.zeros(2).int()}, "int64 seconds"),
     ],
 )
 def test_a_bias_that_does_not_fit_is_refused(change: dict, message: str) -> None:
@@ -194,6 +197,23 @@ def test_a_bias_that_does_not_fit_is_refused(change: dict, message: str) -> None
         attention(
             q, q, q, causal(torch.tensor([2])), alpha=1.0, normaliser=1.0, bias=Bias(**({"key_time": times} | fields))
         )
+
+
+@pytest.mark.parametrize("change", [{"offsets": torch.tensor([0, 2]).int()}, {"end": torch.tensor([0.0, 1.0])}, {
+    "begin": torch.zeros(2, 1).long(), "end": torch.zeros(2, 1).long(),
+}])  # fmt: skip
+def test_a_visibility_of_another_type_is_refused(change: dict) -> None:
+    q, fields = torch.ones(2, 1, 1), vars(causal(torch.tensor([2])))
+    with pytest.raises(BadInput, match="one dimension and int64"):
+        attention(q, q, q, Visibility(**{**fields, **change}), alpha=1.0, normaliser=1.0)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize("normaliser", [0.0, -1.0, float("nan")])
+def test_a_normaliser_that_is_not_positive_is_refused(kernel: str, normaliser: float) -> None:
+    q = torch.ones(2, 1, 1)
+    with pytest.raises(BadInput, match="must be positive"):
+        attention(q, q, q, causal(torch.tensor([2])), alpha=1.0, normaliser=normaliser, kernel=kernel)
 
 
 def test_last_rows_asks_for_counts_that_exist() -> None:

@@ -192,10 +192,29 @@ def test_other_dtypes_and_autocast_take_the_reference() -> None:
     assert u.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_type_never_reach_the_kernels(dtype: torch.dtype) -> None:
+    """The kernels would read them as float32, beyond their end."""
+    norm, x, weight = norm_of(4, False), torch.randn(3, 4), torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="dtype"):
+        norm_silu_project(x, norm, weight.to(dtype), None, [2, 2, 2, 2], 8)
+    with pytest.raises(RuntimeError, match="dtype"):
+        norm_gate_project(x, x, x, norm, nn.Linear(4, 4).to(dtype), gate="product", dropout=0, training=False)
+    bias = torch.randn(8).to(dtype)
+    got = torch.cat(norm_silu_project(x, norm, weight, bias, [2, 2, 2, 2], 8), 1)
+    assert torch.allclose(got, torch.nn.functional.silu(norm(x) @ weight + bias.float()), atol=1e-5)
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     norm, x = norm_of(4, False), torch.randn(3, 4)
     with pytest.raises(BadInput, match="weight"):
         norm_silu_project(x, norm, torch.randn(4, 9), None, [2, 2, 2, 2], 8)
+    with pytest.raises(BadInput, match=r"norm over 4 numbers and bias \(8,\)"):
+        norm_silu_project(x, norm, torch.randn(4, 8), torch.randn(1), [2, 2, 2, 2], 8)
+    with pytest.raises(BadInput, match="norm over 4 numbers"):
+        norm_silu_project(x, norm_of(3, True), torch.randn(4, 8), None, [2, 2, 2, 2], 8)
+    with pytest.raises(BadInput, match="norm over 4 numbers"):
+        norm_gate_project(x, x, x, norm_of(3, True), nn.Linear(4, 4), gate="product", dropout=0, training=False)
     with pytest.raises(BadInput, match="gate"):
         norm_gate_project(x, x, x, norm, nn.Linear(4, 4), gate="sum", dropout=0, training=False)
     with pytest.raises(BadInput, match="12 to D"):
