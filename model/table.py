@@ -7,6 +7,7 @@ The weights are not torch parameters: the table updates its own rows (`step`), a
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ class EmbeddingTable(torch.nn.Module):
     "evict_rarest". `stats` counts whatever was refused or has gone.
 
     shards: how many threads can write; threads: how many do (None: torch.get_num_threads()). Results depend on neither.
+
+    `requires_grad_(False)` freezes the rows. That of a module around the table reaches parameters alone, not the table.
     Raises ValueError for a setting out of range.
     """
 
@@ -107,6 +110,7 @@ class EmbeddingTable(torch.nn.Module):
         self.learning_rate, self.init_scale, self.seed = learning_rate, init_scale, seed
         self.ttl_on_access = ttl_on_access
         self.threads = threads
+        self._learns = True
         self._pending: list[Forward] = []
         admission = "threshold" if admission_threshold != 1 else "all"
         self._table = freshet_table.Table(
@@ -149,6 +153,12 @@ class EmbeddingTable(torch.nn.Module):
     def __bool__(self) -> bool:
         return True  # an empty table is still a table
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            f"the table of slot {self.slot!r} cannot be copied or pickled; use save_snapshot and load_snapshot, "
+            "or export_all and the apply_delta of another table"
+        )
+
     def _threads(self) -> int:
         return torch.get_num_threads() if self.threads is None else self.threads
 
@@ -164,8 +174,8 @@ class EmbeddingTable(torch.nn.Module):
         """float32 [..., dim] for int64 ids [...]; with offsets [bags + 1], the sum or mean of each bag: [bags, dim].
 
         Nothing is inserted: an absent id gets the very weights that its row would start with. In training mode with
-        gradients enabled, the gradient waits for `step`. events: what the ids stand for; None: an event each, at the
-        time of the step. The result is on the device of `ids`.
+        gradients enabled, unless the table is frozen, the gradient waits for `step`. events: what the ids stand for;
+        None: an event each, at the time of the step. The result is on the device of `ids`.
         """
         flat, mean = tensor_ids(ids), is_mean(pooling)
         if events is not None:
@@ -176,12 +186,17 @@ class EmbeddingTable(torch.nn.Module):
         else:
             values = self._table.lookup_pooled(flat, ends, mean, True, self._threads())
         out = torch.from_numpy(values).to(ids.device)
-        if self.training and torch.is_grad_enabled():
+        if self.training and self._learns and torch.is_grad_enabled():
             out.requires_grad_()
             bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
             own = None if events is None else Events(events.counts.copy(), events.newest_us.copy())
             self._pending.append(Forward(flat.copy(), out, bags, mean, own))
         return out if ends is not None else out.view(*ids.shape, self.dim)
+
+    def requires_grad_(self, requires_grad: bool = True) -> EmbeddingTable:
+        """Whether forwards from now on learn; False freezes the rows, as it does a layer's parameters."""
+        self._learns = requires_grad
+        return self
 
     def step(self, lr: float | None = None, now_us: int = 0) -> int:
         """Applies all pending gradients as one batch, forwards in order, each id once; then forgets them.

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import signal
 import threading
 import time
@@ -247,8 +248,19 @@ def test_the_table_lives_inside_modules() -> None:
     assert table.lookup(int64(1)).dtype == torch.float32
     model(torch.tensor([1, 5])).sum().backward()
     assert table.step() == 2
-    with pytest.raises(TypeError):
-        copy.deepcopy(model)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="slot 'item' cannot be copied or pickled; use save_snapshot"):
+            duplicate(model)
+
+
+def test_a_frozen_table_does_not_learn() -> None:
+    table, before = trained(), trained()
+    assert table.requires_grad_(False) is table
+    assert not table(torch.tensor([1, 5])).requires_grad
+    assert table.step() == 0 and len(table) == 2
+    assert_same_table(table, before)
+    table.requires_grad_()(torch.tensor([1, 5])).sum().backward()
+    assert table.step() == 2 and len(table) == 3
 
 
 def test_clipping_factors_that_are_no_factors_are_refused() -> None:
