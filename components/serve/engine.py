@@ -15,9 +15,10 @@ from components.rollout.assignment import serves_challenger
 from components.rollout.state import Release, RolloutState
 from components.serve.config import ServeConfig
 from components.serve.items import ItemFolder
-from components.serve.loaded import RETRY_S, LoadedVersion
+from components.serve.loaded import RETRY_S, LoadedVersion, weight_vector
 from components.serve.metrics import Metrics
 from components.storage import Storage
+from model.ranker import Ranker
 
 TrackName = Literal["champion", "challenger"]
 log = logging.getLogger("freshet.serve.sync")
@@ -113,11 +114,11 @@ class Engine:
     def why_not_ready(self) -> str | None:
         """What is missing before requests can be answered, and what to do; None when ready."""
         tracks = self.tracks
+        if (tracks is None or tracks.champion is None) and self.errors:
+            return "; ".join(self.errors.values())
         if tracks is None:
             return "the server is starting: it reads the event log and loads parameters; try again in a moment"
         if tracks.champion is None:
-            if self.errors:
-                return "; ".join(self.errors.values())
             return (
                 "no champion: nothing has been released yet; run the pretrain and rollout DAGs, "
                 "or python -m components.rollout --action=start --until=promoted"
@@ -161,6 +162,9 @@ class Engine:
             loaded = LoadedVersion(
                 self.storage, *key, self.items.items.catalogue, self.metrics, self.config.table_precision
             )
+            with loaded.reading() as served:
+                if isinstance(served.model, Ranker):  # else it would fail every request
+                    weight_vector(served.model.head_names, self.config.weights(), loaded.label())
         except FreshetError as error:
             if key not in self._failed or self._failed[key].message != str(error):
                 log.error("%s %d cannot be loaded: %s", *key, error)

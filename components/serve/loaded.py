@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from components.errors import CorruptLog, FreshetError
+from components.errors import BadInput, CorruptLog, FreshetError
 from components.parameters.arrays import Parameters
 from components.parameters.bridge import build_model
 from components.parameters.log import LogManifest
@@ -207,6 +208,17 @@ class LoadedVersion:
         seconds = time.perf_counter() - started
         self._metrics.apply.labels(self.name).observe(seconds)
         log.info("%s: delta %d live after %.1f ms, %s", self.label(), manifest.n, 1e3 * seconds, manifest.rows)
+
+
+def weight_vector(heads: Sequence[str], weights: dict[str, float], label: str) -> NDArray[np.float64]:
+    """The weight of each head of a ranker; heads without a weight count nothing. BadInput when none has one."""
+    vector = np.array([weights.get(head, 0.0) for head in heads])
+    if not vector.any():
+        raise BadInput(
+            f"score_weights name none of the heads of {label} ({', '.join(heads)}); "
+            f"start the server with --score-weights={heads[0]}=1"
+        )
+    return vector
 
 
 def _build(name: str, manifest: LogManifest, catalogue: ItemCatalogue) -> Model:

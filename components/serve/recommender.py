@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from components.serve.config import ServeConfig
 from components.serve.engine import Engine, NotReady, Track
 from components.serve.history import History, clock_us
 from components.serve.items import ItemFolder
-from components.serve.loaded import Served
+from components.serve.loaded import Served, weight_vector
 from components.serve.metrics import Metrics
 from components.serve.shadow import Scored, Shadow
 from components.serve.tally import Tally
@@ -191,17 +191,6 @@ def learned(served: Served, ids: Int64s) -> NDArray[np.bool_]:
         return np.isin(ids, served.model.catalogue.item_id)
     rows = [(table.lookup(ids, missing="zeros") != 0).any(1).numpy() for table in present]
     return np.logical_or.reduce(rows)
-
-
-def weight_vector(heads: Sequence[str], weights: dict[str, float], label: str) -> NDArray[np.float64]:
-    """The weight of each head of a ranker; heads without a weight count nothing."""
-    vector = np.array([weights.get(head, 0.0) for head in heads])
-    if not vector.any():
-        raise NotReady(
-            f"score_weights name none of the heads of {label} ({', '.join(heads)}); "
-            f"start the server with --score-weights={heads[0]}=1"
-        )
-    return vector
 
 
 def weighted(probabilities: NDArray[np.float32], vector: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -11,6 +11,8 @@ import pytest
 
 from components.rollout.assignment import bucket
 from components.rollout.state import Release
+from components.serve.config import ServeConfig
+from components.serve.server import Server
 from components.serve.shadow import sampled
 from components.storage import Storage
 from model.trainer import Trainer
@@ -77,6 +79,23 @@ def test_a_champion_that_cannot_be_loaded_leaves_the_old_one_serving(toy_root: P
         wait_for(lambda: live.status()["errors"])
         assert "components.publish" in live.status()["errors"]["ranker 9"]
         assert live.rank(1, [ITEM_IDS[0]])["version"] == 1 and live.status()["ready"]
+
+
+def test_a_ranker_that_the_score_weights_do_not_know_does_not_serve(toy_root: Path) -> None:
+    with Live(toy_root, score_weights="rating=1") as live:
+        answers = [live.client.get("/readyz"), live.client.post("/v1/rank", json={"user_id": 1, "candidates": [1]})]
+    for answer in answers:
+        assert answer.status_code == 503 and "--score-weights=click=1" in answer.json()["error"]
+
+
+def test_a_server_that_cannot_read_the_record_says_so_and_not_that_it_is_starting(toy_root: Path) -> None:
+    (toy_root / "serving" / "rollout" / "00000000.json").write_text("{")
+    server = Server(ServeConfig(root=f"file://{toy_root}", sync_interval_s=0.01))
+    server.start()
+    wait_for(lambda: server.engine.errors, 30)
+    reason = server.engine.why_not_ready()
+    server.stop()
+    assert reason is not None and "restore it from a backup" in reason
 
 
 def test_a_challenger_that_cannot_be_loaded_costs_its_users_nothing(toy_root: Path) -> None:
