@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from components.serve.metrics import Metrics
 from components.serve.tally import Tally
 from model.catalogue import Int64s
 from model.inputs import UserEvents
+
+if TYPE_CHECKING:
+    from components.serve.recommender import Scores
 
 QUEUE = 64
 LOGGED_ITEMS = 200
@@ -82,14 +85,14 @@ class Shadow:
             rows = shadow_rows(challenger, scored, scores, error, seconds)
             self.journal.append({"shadow": rows}).add_done_callback(_report)
 
-    def _score(self, challenger: Track, scored: Scored) -> tuple[bool, NDArray[np.float32]]:
+    def _score(self, challenger: Track, scored: Scored) -> tuple[bool, Scores]:
         from components.serve.recommender import retrieve, score
 
         s, empty = scored, False
         if s.allowed is not None:
             found = retrieve(challenger, s.events, s.timestamp_us, s.page, self.candidates, s.allowed)
             empty = not len(found)
-        return empty, score(challenger, self.weights, s.events, s.candidates, s.timestamp_us, s.page).score
+        return empty, score(challenger, self.weights, s.events, s.candidates, s.timestamp_us, s.page)
 
 
 def sampled(request_id: int, share: float) -> bool:
@@ -99,7 +102,7 @@ def sampled(request_id: int, share: float) -> bool:
 
 
 def shadow_rows(
-    challenger: Track, scored: Scored, scores: NDArray[np.float32] | None, error: str | None, seconds: float
+    challenger: Track, scored: Scored, scores: Scores | None, error: str | None, seconds: float
 ) -> list[dict[str, Any]]:
     """Rows of the shadow log: one per shown item, or one with the error."""
     same = {
@@ -107,7 +110,7 @@ def shadow_rows(
         "user_id": scored.user_id,
         "timestamp": scored.timestamp_us,
         "version": challenger.ranker.version,
-        "delta": challenger.ranker.n,
+        "delta": challenger.ranker.n if scores is None else scores.delta,
         "latency_ms": seconds * 1e3,
         "error": error,
     }
@@ -117,7 +120,7 @@ def shadow_rows(
         same
         | {
             "item_id": int(scored.candidates[i]),
-            "score": float(scores[i]),
+            "score": float(scores.score[i]),
             "champion_score": float(scored.scores[i]),
         }
         for i in scored.shown[:LOGGED_ITEMS]

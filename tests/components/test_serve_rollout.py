@@ -11,7 +11,9 @@ import pytest
 
 from components.rollout.assignment import bucket
 from components.rollout.state import Release
+from components.serve import recommender
 from components.serve.config import ServeConfig
+from components.serve.engine import Track
 from components.serve.server import Server
 from components.serve.shadow import sampled
 from components.storage import Storage
@@ -145,6 +147,26 @@ def test_in_shadow_the_challenger_scores_what_the_champion_showed(toy_root: Path
         assert all(r["version"] == 2 and r["delta"] == 0 and r["error"] is None for r in logged.values())
         assert all(r["score"] != r["champion_score"] for r in logged.values())
     assert counts["requests"] == 2 and counts["errors"] == 0
+
+
+def test_the_shadow_log_names_the_delta_that_scored(toy_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"file://{toy_root}")
+    second_version(storage)
+    score = recommender.score
+
+    def then_a_delta_goes_live(track: Track, *request: Any) -> recommender.Scores:
+        scores = score(track, *request)
+        if track.name == "challenger":
+            train_delta(storage, "ranker", 2)
+            wait_for(lambda: track.ranker.n == 1, 30)
+        return scores
+
+    with Live(toy_root) as live:
+        state = release(storage, stage="shadow", champion=ONE, challenger=TWO, shadow_share=1.0)
+        wait_for(lambda: live.seq() == state.seq, 10)
+        monkeypatch.setattr(recommender, "score", then_a_delta_goes_live)
+        live.rank(1, ITEM_IDS[:2])
+        assert {r["delta"] for r in shadow_rows(live, 1)} == {0}
 
 
 def test_errors_of_the_challenger_in_shadow_are_counted_and_harm_nobody(toy_root: Path) -> None:
