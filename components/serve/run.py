@@ -26,6 +26,8 @@ from pydantic import BaseModel, Field
 from components.errors import BadInput
 from components.serve.config import ServeConfig
 
+GRACE_S = 5
+"""Seconds that requests under way have at the end: Docker kills after 10, and the journal must be shipped before."""
 log = logging.getLogger("freshet.serve")
 
 
@@ -53,7 +55,9 @@ def run(config: ServeConfig) -> ServeResult:
         server.open_journal()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn raises it again after a graceful end
-        settings = uvicorn.Config(create_app(server), log_config=None, access_log=False, timeout_graceful_shutdown=30)
+        settings = uvicorn.Config(
+            create_app(server), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
+        )
         log.info("listening on %s (API page: %s/docs)", address, address)
         uvicorn.Server(settings).run(sockets=[listener])
     return ServeResult(address=address, requests=server.metrics.answered(), events=server.metrics.recorded())

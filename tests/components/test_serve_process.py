@@ -67,6 +67,19 @@ def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(toy_r
     assert result["events"] == 4 and result["address"].endswith(str(port))
 
 
+@pytest.mark.integration
+def test_a_client_that_never_ends_its_request_does_not_keep_events_from_the_log(toy_root: Path) -> None:
+    """Kubernetes kills a server 30 seconds after it asked, `make down` after 15, Docker after 10."""
+    port = free_port()
+    with serving(toy_root, port, "--flush-interval-s=3600") as server:
+        answer(server.client.post("/v1/events", json=clicks(USER, items_of(3)[:5], request_id=1)))
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(b"POST /v1/events HTTP/1.1\r\nHost: freshet\r\nContent-Length: 100\r\n\r\n{")
+            assert server.answers("/livez") == 200  # so that the beginning of the other request has been read
+            server.terminate()
+    assert len(read_log(Storage(f"file://{toy_root}"), "events/impressions")) == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
