@@ -136,7 +136,7 @@ def _add_events(app: FastAPI, server: Server) -> None:
         summary="Record impressions and actions",
         responses={
             202: {"description": "At least one row was recorded (or none was sent). What is accepted is on disk."},
-            422: {"model": EventsRecorded, "description": "Every row was refused, or the body is wrong (a Problem)."},
+            422: {"model": EventsRecorded | Problem, "description": "Every row was refused, or the body is wrong."},
             413: {"model": Problem, "description": "The body is too large."},
             503: {"model": Problem, "description": "The disk refused; nothing was acknowledged, send it again."},
         },

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from components.serve.api import EventsRecorded, Problem
 from components.serve.recommender import arrange, explore
 from tests.components.serving import (
     CATEGORIES,
@@ -157,3 +158,14 @@ def test_every_field_of_the_api_is_described(live: Live) -> None:
     routes = [operation for path in spec["paths"].values() for operation in path.values()]
     assert all(r["summary"] and r["description"] and r["tags"] for r in routes)
     assert spec["components"]["schemas"]["EventsBody"]["properties"]["actions"]["items"]["$ref"].endswith("ActionIn")
+
+
+def test_the_api_declares_both_bodies_of_refused_events(live: Live) -> None:
+    responses = live.client.get("/openapi.json").json()["paths"]["/v1/events"]["post"]["responses"]
+    declared = responses["422"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [body["$ref"].rpartition("/")[2] for body in declared] == ["EventsRecorded", "Problem"]
+    rows_refused = live.client.post("/v1/events", json={"actions": [0]})
+    body_refused = live.client.post("/v1/events", json={"actions": 0})
+    assert rows_refused.status_code == body_refused.status_code == 422
+    assert EventsRecorded.model_validate(rows_refused.json()).rejected
+    assert Problem.model_validate(body_refused.json()).error
