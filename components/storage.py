@@ -93,7 +93,7 @@ def _unless_gone(error: OSError) -> None:
 
 
 _PAUSES = (0.1, 0.2, 0.4, 0.8)
-"""Seconds between attempts to create an object while S3 answers that writers conflict."""
+"""Seconds between attempts at what boto3 does not try again: a create that conflicts, an answer that breaks off."""
 
 
 class S3:
@@ -105,11 +105,23 @@ class S3:
         self.bucket, self.prefix = bucket, prefix
         self.client = boto3.client("s3")
 
-    def read(self, path: str) -> bytes:
-        try:
-            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
-        except self.client.exceptions.NoSuchKey:
-            raise FileNotFoundError(f"s3://{self.bucket}/{self._key(path)}") from None
+    def read(self, path: str, span: str = "") -> bytes:
+        """The object, or the bytes of it that `span` names, as the header Range does."""
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+        wanted = {"Bucket": self.bucket, "Key": self._key(path)} | ({"Range": span} if span else {})
+        for pause in (*_PAUSES, None):
+            try:
+                body = self.client.get_object(**wanted)["Body"]
+            except self.client.exceptions.NoSuchKey:
+                raise FileNotFoundError(f"s3://{self.bucket}/{self._key(path)}") from None
+            try:
+                data: bytes = body.read()
+                break
+            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                if pause is None:
+                    raise
+                time.sleep(pause)
         return data
 
     def write(self, path: str, data: bytes) -> None:

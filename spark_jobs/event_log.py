@@ -148,6 +148,8 @@ def _check_file(storage: Storage, path: str, schema: pa.Schema) -> int:
             _check_hour(file, path, storage.url(path))
             return int(file.metadata.num_rows)
     except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+            raise  # the disk or S3 failed, a timeout for instance, not the file: Arrow's own errors have no number
         raise BadInput(
             f"{storage.url(path)} is truncated or no Parquet file ({error}); write the file again or remove it"
         ) from error
@@ -214,9 +216,8 @@ class _RangedObject(io.RawIOBase):
     """An S3 object as a seekable file that fetches only what is read: a footer, not the whole object."""
 
     def __init__(self, backend: S3, path: str) -> None:
-        self.client = backend.client
-        self.place = {"Bucket": backend.bucket, "Key": backend._key(path)}
-        self.size = self.client.head_object(**self.place)["ContentLength"]
+        self.backend, self.path = backend, path
+        self.size = backend.client.head_object(Bucket=backend.bucket, Key=backend._key(path))["ContentLength"]
         self.position = 0
 
     def readable(self) -> bool:
@@ -236,7 +237,6 @@ class _RangedObject(io.RawIOBase):
         end = self.size if size < 0 else min(self.size, self.position + size)
         if end <= self.position:
             return b""
-        span = f"bytes={self.position}-{end - 1}"
-        data: bytes = self.client.get_object(**self.place, Range=span)["Body"].read()
+        data = self.backend.read(self.path, span=f"bytes={self.position}-{end - 1}")
         self.position += len(data)
         return data

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,17 +12,20 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from botocore.exceptions import ReadTimeoutError
+from botocore.response import StreamingBody
 
 from components.config import cli
 from components.errors import BadInput
 from components.join import run as step
 from components.join.config import JoinConfig
 from components.manifests import read_part
-from components.schemas import INTERACTIONS, action_mask
+from components.schemas import IMPRESSIONS, INTERACTIONS, action_mask
 from components.sequences import run as sequences
 from components.sequences.config import SequencesConfig
 from components.storage import Storage
 from components.windows import Window
+from spark_jobs import event_log
 from tests.spark_jobs.log import (
     HOURS,
     MASTER,
@@ -209,6 +214,24 @@ def test_a_log_file_that_breaks_the_contract_is_named_before_anything_runs(
         join(storage, HOURS[0])
     assert "broken.parquet" in str(error.value)
     assert any(remedy in str(error.value) for remedy in ("ingest it again", "write the file again"))
+
+
+@pytest.mark.parametrize("error", [ReadTimeoutError(endpoint_url="http://s3"), OSError(errno.EIO, "I/O error")])
+def test_a_log_file_that_cannot_be_fetched_is_not_called_broken(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Whoever is told that a file is broken removes it; and the join would not be tried again."""
+    bucket = Storage(s3_root)
+    paths = write(bucket, "impressions", [impression(1, 5, 1)])
+    assert event_log.check_files(bucket, paths, IMPRESSIONS) == 1
+
+    def fail(*_: object, **__: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(StreamingBody, "read", fail)
+    monkeypatch.setattr("components.storage._PAUSES", ())
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        event_log.check_files(bucket, paths, IMPRESSIONS)
 
 
 def test_a_log_file_outside_the_hours_is_named(storage: Storage) -> None:

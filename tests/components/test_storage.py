@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.exceptions import ReadTimeoutError, ResponseStreamingError
+from botocore.response import StreamingBody
 
 from components.errors import AlreadyExists, BadInput
 from components.storage import S3, LocalFiles, Storage
@@ -85,6 +87,30 @@ def test_a_conflict_that_another_writer_has_won_is_lost_at_once(s3_root: str) ->
     with pytest.raises(AlreadyExists):
         store.create("manifest.json", b"mine")
     assert answers == [409]
+
+
+@pytest.mark.parametrize("error", [ResponseStreamingError(error="reset"), ReadTimeoutError(endpoint_url="http://s3")])
+@pytest.mark.parametrize("breaks", [2, 9])
+def test_an_answer_that_breaks_off_is_asked_for_again_and_given_up_at_last(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch, error: Exception, breaks: int
+) -> None:
+    store = Storage(s3_root)
+    store.write_bytes("a", b"all of it")
+    left = [error] * breaks
+    original = StreamingBody.read
+
+    def read(self: StreamingBody, **how: Any) -> Any:
+        if left:
+            raise left.pop()
+        return original(self, **how)
+
+    monkeypatch.setattr(StreamingBody, "read", read)
+    monkeypatch.setattr("components.storage._PAUSES", (0, 0))
+    if breaks == 2:
+        assert store.read_bytes("a") == b"all of it"
+    else:
+        with pytest.raises(type(error)):
+            store.read_bytes("a")
 
 
 def answer_conflict_to_create(store: Storage, times: int) -> list[int]:
