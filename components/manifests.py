@@ -51,8 +51,10 @@ def publish(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
 
 def find(storage: Storage, folder: str) -> Manifest | None:
     """The published manifest of `folder`, or None while there is none."""
-    path = f"{folder}/{NAME}"
-    return _read(storage, path) if storage.exists(path) else None
+    try:
+        return _read(storage, f"{folder}/{NAME}")
+    except FileNotFoundError:
+        return None
 
 
 def require(storage: Storage, folder: str, remedy: str) -> Manifest:

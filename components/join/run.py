@@ -15,6 +15,8 @@ example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -74,6 +76,12 @@ def manifest_of(storage: Storage, window: Window) -> Manifest:
     return found
 
 
+def manifests_of(storage: Storage, windows: Sequence[Window]) -> list[Manifest]:
+    """The manifests of windows of `published`, in their order; several are read at once: there can be thousands."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda window: manifest_of(storage, window), windows))
+
+
 def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> Manifest:
     from spark_jobs.session import session, tune
 
@@ -81,7 +89,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
     _refuse_overlap(window, joined_before)
     _refuse_early(config, window)
     rules = Rules(window, config.attribution_window_s, config.max_lateness_s, config.memory_s, joined_before)
-    earlier = [manifest_of(storage, w) for w in rules.remembered]
+    earlier = manifests_of(storage, rules.remembered)
     impressions, actions, rows = _inputs(config, storage, rules, earlier)
     spark = session(config.spark, config.root)
     tune(spark, rows)

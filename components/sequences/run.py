@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field
 
 from components.errors import BadInput
-from components.join.run import manifest_of, published
+from components.join.run import manifests_of, published
 from components.manifests import Manifest, find, new_attempt, publish
 from components.schemas import INTERACTIONS
 from components.sequences.config import SequencesConfig
@@ -120,7 +120,7 @@ def _build(
     spark = session(config.spark, config.root)
     folder = f"sequences/{dataset}"
     attempt = new_attempt(folder)
-    manifests = [manifest_of(storage, window) for window in (*windows, *before)]
+    manifests = manifests_of(storage, [*windows, *before])
     own, earlier = (
         event_log.read(spark, storage, [path for m in some for path in m.files["data"]], INTERACTIONS)
         for some in (manifests[: len(windows)], manifests[len(windows) :])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
@@ -24,6 +26,23 @@ def test_data_is_invisible_until_its_manifest_is_published(storage: Storage) -> 
         manifests.require(storage, "things/one", "run the join first")
     manifests.publish(storage, "things/one", manifest)
     assert manifests.find_all(storage, "things") == [manifest]
+
+
+def test_looking_for_a_manifest_is_one_request(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps look for one of each window: two requests each would be most of their time on S3."""
+    manifest = manifests.publish(storage, "things/one", write(storage, 1))
+    asked: list[str] = []
+    inner = storage.backend
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(inner, name)
+
+    monkeypatch.setattr(storage, "backend", Counting())
+    assert manifests.find(storage, "things/one") == manifest
+    assert manifests.find(storage, "things/two") is None
+    assert asked == ["read", "read"]
 
 
 def test_the_first_of_two_attempts_stands(storage: Storage) -> None:
