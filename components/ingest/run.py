@@ -29,7 +29,7 @@ from components.errors import AlreadyExists, BadInput
 from components.ingest import files, kuairand, movielens, synthetic
 from components.ingest.batch import Batch
 from components.ingest.config import IngestConfig
-from components.ingest.write import event_files, items_path, write_files
+from components.ingest.write import event_files, items_path, last_items_path, write_files
 from components.storage import Storage
 from components.windows import from_us, to_us
 from components.world.config import WorldConfig
@@ -148,11 +148,12 @@ def _write(storage: Storage, name: str, batch: Batch, now: datetime) -> int:
 
 
 def _items_file(storage: Storage, name: str, batch: Batch, now: datetime) -> str:
-    """Items beside events stand as of the newest event, items alone as of now: the catalogue given last wins."""
+    """Items beside events stand as of the newest event, items alone come after all others: those given last win."""
     if span := batch.span():
         return items_path(from_us(span[1]), name)
-    begun = [path for path in storage.list("items") if path.endswith(f"-{name}.parquet")]
-    return begun[0] if begun else items_path(now, name)  # what a crash left has its name already
+    paths = storage.list("items")
+    begun = [path for path in paths if path.endswith(f"-{name}.parquet")]
+    return begun[0] if begun else last_items_path(paths, now, name)  # what a crash left has its name already
 
 
 def _result(config: IngestConfig, name: str, batch: Batch, quarantine: str | None, written: int) -> IngestResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ WRITERS = 16
 """Writing waits for the disk or the network, not for the CPU."""
 
 ROWS_PER_FILE = 1_000_000
+_AS_OF = "%Y%m%dT%H%M%S%fZ"
 
 
 def partition(time_us: int) -> str:
@@ -27,7 +28,21 @@ def partition(time_us: int) -> str:
 
 def items_path(as_of: datetime, name: str) -> str:
     """Later files win, so an items file's name begins with the time as of which it stands."""
-    return f"items/{as_of:%Y%m%dT%H%M%S%fZ}-{name}.parquet"
+    return f"items/{as_of.astimezone(UTC):{_AS_OF}}-{name}.parquet"
+
+
+def last_items_path(paths: list[str], now: datetime, name: str) -> str:
+    """The path of an items file that comes after all of `paths`, also if the clock was ahead when they were written."""
+    stands = [moment for path in paths if (moment := _as_of(path)) is not None]
+    return items_path(max([now, *(moment + timedelta(microseconds=1) for moment in stands)]), name)
+
+
+def _as_of(path: str) -> datetime | None:
+    """The time as of which an items file stands; None of a file that its owner named otherwise."""
+    try:
+        return datetime.strptime(path.removeprefix("items/").partition("-")[0], _AS_OF).replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def event_files(kind: str, events: pa.Table, name: str) -> list[tuple[str, pa.Table]]:

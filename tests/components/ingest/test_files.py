@@ -6,7 +6,9 @@ import json
 import re
 import shlex
 from collections import Counter
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from components.config import cli
 from components.errors import BadInput
 from components.ingest.config import IngestConfig
 from components.ingest.run import run
-from components.schemas import hash_id
+from components.schemas import ITEMS, hash_id
 from components.sequence_data import read_items
 from components.storage import Storage
 from tests.components.ingest.cases import LOG, MAPPING, events, ingest, written
@@ -165,6 +167,25 @@ def test_the_catalogue_that_was_ingested_last_wins(store: Storage, tmp_path: Pat
     store.delete(f"ingests/{result.name}.json")
     ingest(store, source="files", path=str(path), kind="items")
     assert store.list("items") == files, "a crash before the end of an ingest leaves a file that the next try takes"
+
+
+def test_the_catalogue_that_was_ingested_last_wins_though_the_clock_was_set_back(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        ahead = timedelta(hours=1)
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + cls.ahead
+
+    monkeypatch.setattr("components.ingest.run.datetime", Clock)
+    store.write_table("items/of-the-owner.parquet", ITEMS.empty_table())
+    for author in (10, 20, 30):
+        path = written(tmp_path / "items.csv", {"item_id": [7], "author_id": [author]})
+        ingest(store, source="files", path=str(path), kind="items")
+        assert read_items(store).catalogue.features(np.array([7]))[0, 0] == author
+        Clock.ahead = timedelta(0)
 
 
 def test_ids_are_exact_to_the_last_of_64_bits_even_beside_bad_ones(store: Storage, tmp_path: Path) -> None:
