@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+import pyarrow as pa
+
 from components.errors import BadInput, FreshetError
 from components.rollout.config import RolloutConfig
 from components.rollout.run import RolloutResult, apply, decide
@@ -21,6 +23,20 @@ class RolloutStopped(FreshetError):
     exit_code = 2
 
 
+class ReadOnce(Storage):
+    """Reads each file of the event log once: they never change, and a long stage has many thousands of them."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._tables: dict[tuple[str, ...], pa.Table] = {}
+
+    def read_table_as(self, path: str, schema: pa.Schema) -> pa.Table:
+        key = (path, *schema.names)
+        if key not in self._tables:
+            self._tables[key] = super().read_table_as(path, schema)
+        return self._tables[key]
+
+
 def follow(storage: Storage, config: RolloutConfig, result: RolloutResult, actions: tuple[Alias, ...]) -> RolloutResult:
     """Decide every `poll_s` seconds until the stage `until` is passed. A paused rollout waits for a person.
 
@@ -31,6 +47,7 @@ def follow(storage: Storage, config: RolloutConfig, result: RolloutResult, actio
         raise BadInput("there is no rollout to wait for; start one with --action=start")
     named = {"ranker": release.ranker, "retriever": release.retriever}
     advance = config.model_copy(update={"action": "advance", **named})
+    log = ReadOnce(storage.root)
     deadline, told, trouble = time.monotonic() + config.wait_s, "", None
     while True:
         if actions:
@@ -46,7 +63,9 @@ def follow(storage: Storage, config: RolloutConfig, result: RolloutResult, actio
                 f"{result.waiting_for}; decide with --action=resume, promote or abort"
             )
         time.sleep(config.poll_s)
-        result, wanted = decide(storage, advance)
+        result, wanted = decide(log, advance)
+        if result.changed:
+            log = ReadOnce(storage.root)  # of the next stage: what was read for this one is let go
         actions = wanted if result.changed or actions else ()
 
 

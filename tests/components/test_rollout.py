@@ -6,16 +6,18 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from components.config import cli
 from components.errors import AlreadyExists, BadInput, FreshetError
-from components.rollout import record
+from components.rollout import follow, record
 from components.rollout import run as rollout
 from components.rollout.assignment import BUCKETS, bucket, serves_challenger
 from components.rollout.config import RolloutConfig
@@ -23,7 +25,7 @@ from components.rollout.follow import RolloutStopped
 from components.rollout.observe import arm_counts, newest_version, observe
 from components.rollout.policy import Policy
 from components.rollout.state import Release, RolloutState
-from components.storage import Storage
+from components.storage import LocalFiles, Storage
 from tests.components.rollout_store import counts, log_shadow, log_traffic, publish, status_server
 
 RULES: dict[str, Any] = {
@@ -324,6 +326,32 @@ def test_waiting_until_promoted_ends_with_the_promotion(storage: Storage) -> Non
         assert task.result().stage == "promoted"
     assert go(storage, ranker=2, retriever=2, until="canary").stage == "promoted", "a task run again ends at once"
     assert go(storage, "start", ranker=2, retriever=2, until="gate").champion == Release(ranker=2, retriever=2)
+
+
+def test_waiting_reads_each_event_file_once_however_often_it_decides(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the server's guardrails, which are judged with them, would wait ever longer in a long stage."""
+    log_traffic(storage, canary(storage), datetime.now(UTC), range(9), {"champion": 0.5, "challenger": 0.5})
+    polls, read = list[float](), Counter[str]()
+    original = LocalFiles.read
+
+    def sleep(seconds: float) -> None:
+        polls.append(seconds)
+        if len(polls) == 5:
+            go(storage, "abort")
+
+    def noted(self: LocalFiles, path: str) -> bytes:
+        read[path] += 1
+        return original(self, path)
+
+    monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    monkeypatch.setattr(LocalFiles, "read", noted)
+    with pytest.raises(RolloutStopped):
+        go(storage, until="promoted")
+    events = [path for path in read if path.startswith("events/")]
+    assert len(polls) == 5 and events
+    assert max(read[path] for path in events) == 2, "before it begins to wait, and while it waits"
 
 
 def test_waiting_fails_loudly_when_the_release_is_rejected(storage: Storage) -> None:
