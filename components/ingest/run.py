@@ -76,6 +76,7 @@ def run(config: IngestConfig) -> IngestResult:
     _check(config, storage, batch, quarantine)
     if config.source == "synthetic":
         record_world(storage, config.world())
+        config.with_end_of_world(recorded_world(storage), now)  # refuses the world of another ingest that was faster
     written = _write(storage, name, batch, now)
     result = _result(config, name, batch, quarantine, written)
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from components.errors import AlreadyExists
 from components.storage import Storage
 from components.world.config import WorldConfig
 
@@ -14,6 +17,10 @@ def recorded_world(storage: Storage) -> WorldConfig | None:
 
 
 def record_world(storage: Storage, world: WorldConfig, replace: bool = False) -> None:
-    """Record the world; one that is recorded already stands unless `replace`."""
-    if replace or not storage.exists(PATH):
-        storage.write_bytes(PATH, world.model_dump_json(indent=1).encode())
+    """Record the world; one that is recorded already stands unless `replace`, also if that happened just now."""
+    data = world.model_dump_json(indent=1).encode()
+    if replace:
+        storage.write_bytes(PATH, data)
+        return
+    with suppress(AlreadyExists):
+        storage.create(PATH, data)

@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 import pytest
 
 from components.errors import BadInput
+from components.ingest import synthetic
+from components.ingest.batch import Batch
+from components.ingest.config import IngestConfig
 from components.storage import Storage
 from components.world.config import WorldConfig
 from components.world.history import simulate_history
@@ -61,6 +64,22 @@ def test_a_second_world_in_one_root_is_refused_and_the_live_settings_of_the_firs
     assert recorded_world(store) == live
     with pytest.raises(BadInput, match="already holds a synthetic world that differs in world_seed; use"):
         ingest(store, **WORLD, world_seed=8)
+
+
+def test_of_two_worlds_that_are_ingested_at_once_one_enters_the_log(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = synthetic.load
+
+    def load(config: IngestConfig, now_us: int) -> Batch:
+        record_world(store, WorldConfig.model_validate(WORLD))  # another ingest, which is a little faster
+        return original(config, now_us)
+
+    monkeypatch.setattr(synthetic, "load", load)
+    with pytest.raises(BadInput, match="already holds a synthetic world that differs in world_seed; use"):
+        ingest(store, **WORLD, world_seed=8)
+    assert store.list("events") == store.list("ingests") == []
+    assert recorded_world(store) == WorldConfig.model_validate(WORLD)
 
 
 def test_a_world_without_a_given_end_ends_where_the_slice_ends(store: Storage) -> None:
