@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def component_task(
     ]
     conditions = {"skip_unless": skip_unless, "not_before": not_before}
     settings = {"task_id": task_id, "step": step, "flags": flags, **conditions, **settings}
+    settings["pre_execute"] = refuse_unknown_settings
     if gpu:
         settings.setdefault("pool", "gpu")
     launcher = os.environ.get("FRESHET_LAUNCHER", "local")
@@ -133,6 +135,17 @@ def component_task(
 
         return PodStep(**pod_settings(gpu), **settings)
     raise ValueError(f"FRESHET_LAUNCHER is {launcher!r}; set it to local or kubernetes")
+
+
+def refuse_unknown_settings(context: Context) -> None:
+    """Airflow keeps settings of a run that its form does not have; a misspelt one would be passed over in silence."""
+    known = context["dag"].params
+    if unknown := [name for name in context["dag_run"].conf or {} if name not in known]:
+        near = {match for name in unknown for match in get_close_matches(name, known)}
+        hint = f"perhaps {', '.join(sorted(near))}; " if near else ""
+        raise AirflowFailException(
+            f"no such setting: {', '.join(unknown)}; {hint}trigger it with settings of its form: {', '.join(known)}"
+        )
 
 
 def stop_if_not_wanted(skip_unless: str) -> None:

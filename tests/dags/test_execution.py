@@ -23,7 +23,7 @@ def store(airflow_home: Path) -> Storage:
 
 @pytest.fixture(scope="module")
 def runs(store: Storage, airflow_home: Path) -> dict[str, Any]:
-    """State of three runs, and state and try number of each of their tasks."""
+    """State of four runs, and state and try number of each of their tasks."""
     publish(store, 1)
     publish(store, 2, auc=0.3)
     source = """
@@ -49,6 +49,7 @@ answer({
     "triggered": [triggered(True), triggered(False)],
     "good": run(rollout.dag, server_url="none", ranker=1, retriever=1),
     "bad": run(rollout.dag, server_url="none", ranker=2, retriever=2),
+    "misspelt": run(rollout.dag, server_url="none", ranker=1, retriever=1, share="2000"),
     "no events": run(continual_training.dag, window="20220501T000000Z-20220502T000000Z"),
 })
 """
@@ -78,6 +79,11 @@ def test_wrong_input_fails_a_run_without_retries(runs: dict[str, Any]) -> None:
     assert state == "failed"
     assert tasks["join"] == ["failed", 1], "there are no events: no retry mends that"
     assert tasks["versions"][0] == tasks["finetune_ranker"][0] == "upstream_failed"
+
+
+def test_a_misspelt_setting_fails_a_run_instead_of_being_passed_over(runs: dict[str, Any]) -> None:
+    state, tasks = runs["misspelt"]
+    assert (state, tasks["gate"]) == ("failed", ["failed", 1]), "it is `shares`"
 
 
 def test_pretraining_hands_its_release_to_the_rollout_unless_told_not_to(runs: dict[str, Any]) -> None:

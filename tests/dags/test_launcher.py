@@ -16,7 +16,7 @@ LOCAL = """
 import os, threading, time
 from pathlib import Path
 from airflow.sdk.exceptions import AirflowException, TaskDeferred
-from dags.launcher import LocalStep, component_task
+from dags.launcher import LocalStep, component_task, refuse_unknown_settings
 def execute(step, *flags, **settings):
     task = settings.pop("task", None) or LocalStep(task_id="t", step=step, flags=list(flags), **settings)
     try:
@@ -33,6 +33,13 @@ def resumed():
     flags = ["--action=status", "--server-url=none"]
     task = LocalStep(task_id="t", step="rollout", flags=flags, not_before="2022-05-01T00:00:00Z")
     return task.resume_execution("resume", {"event": None}, {"outlet_events": {}})
+def unknown(*names):
+    from types import SimpleNamespace as some
+    try:
+        conf = dict.fromkeys(names)
+        refuse_unknown_settings({"dag": some(params={"epochs": 4, "seed": 1}), "dag_run": some(conf=conf)})
+    except AirflowException as error:
+        return [type(error).__name__, str(error)]
 def refusal(launcher):
     os.environ["FRESHET_LAUNCHER"] = launcher
     try:
@@ -60,6 +67,8 @@ answer({
     "killed": killed(),
     "waits": waits("2999-01-01T00:00:00+00:00"),
     "resumed": resumed(),
+    "unknown setting": unknown("epoch", "no_such_thing"),
+    "known settings": unknown("epochs"),
     "unknown launcher": refusal("docker"),
     "no image": refusal("kubernetes"),
 })
@@ -100,6 +109,7 @@ answer({
     "light": pod_of(light, ["--action=start"]),
     "pool": training.pool, "xcom": training.do_xcom_push, "templated": list(training.template_fields),
     "kinds": sorted({type(t).__name__ for t in continual_training.dag.tasks}),
+    "checked": light._pre_execute_hook.__name__,
     "failures": kinds, "waits": waits, "join": continual_training.dag.get_task("join").not_before,
 })
 """
@@ -133,6 +143,14 @@ def test_wrong_input_is_told_apart_from_what_a_retry_may_mend(local: dict[str, A
     assert kind == "AirflowFailException" and "--no-such-flag" in message
     kind, message = local["crash"]
     assert kind == "AirflowException" and "exit code 1" in message
+
+
+def test_settings_that_the_form_does_not_have_are_named_with_those_that_it_has(local: dict[str, Any]) -> None:
+    kind, message = local["unknown setting"]
+    assert kind == "AirflowFailException", "no retry mends that"
+    assert message.startswith("no such setting: epoch, no_such_thing; perhaps epochs; ")
+    assert message.endswith("settings of its form: epochs, seed")
+    assert local["known settings"] is None
 
 
 def test_a_step_without_work_is_skipped(local: dict[str, Any]) -> None:
@@ -188,6 +206,10 @@ def test_a_step_becomes_a_pod_with_image_resources_secrets_and_result(pods: dict
 def test_a_pod_is_not_started_before_its_time(pods: dict[str, Any]) -> None:
     assert pods["waits"] == "resume"
     assert "ready_at" in pods["join"], "the join of a scheduled window has to wait"
+
+
+def test_a_pod_is_not_started_for_a_run_with_unknown_settings(pods: dict[str, Any]) -> None:
+    assert pods["checked"] == "refuse_unknown_settings"
 
 
 def test_a_pod_that_refuses_its_input_is_not_retried(pods: dict[str, Any]) -> None:
