@@ -10,6 +10,7 @@ the task fails without a retry. Anything else is retried, and finished steps are
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WRONG_INPUT = 2
 _FALSE = ("", "0", "False", "None")
 _GRACE_S = 20
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
 class Ref(str):
@@ -229,6 +232,7 @@ class LocalStep(BaseOperator):
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_end_with_task,
         ) as self._process:
             try:
                 for line in self._process.stdout or ():
@@ -242,6 +246,12 @@ class LocalStep(BaseOperator):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")}
         where = {"FRESHET_RESULT_PATH": str(path), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         return inherited | context_to_airflow_vars(context, in_env_var_format=True) | where
+
+
+def _end_with_task() -> None:
+    """Have the kernel (Linux) end the step when its task is killed without warning, before a retry repeats it."""
+    if prctl := getattr(_LIBC, "prctl", None):
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.storage import Storage
 from tests.components.rollout_store import publish
-from tests.dags.airflow_process import call
+from tests.dags.airflow_process import ROOT, call, environment
 
 LOCAL = """
 import os, threading, time
@@ -167,6 +171,33 @@ def test_killing_a_local_step_stops_what_it_started(local: dict[str, Any]) -> No
     assert kind == "AirflowException" and f"exit code {-signal.SIGTERM}" in message
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+ENDLESS = """
+from dags.launcher import LocalStep
+flags = ["--action=start", "--ranker=2", "--retriever=2", "--gate-limits=ranker.none>=1", "--until=gate"]
+LocalStep(task_id="t", step="rollout", flags=flags).execute({"outlet_events": {}})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a step ends at its next line of output")
+def test_a_step_ends_with_a_task_that_is_killed_without_warning(tmp_path: Path) -> None:
+    """As the OOM killer does; the retry would find the step of the first try at work."""
+    publish(Storage(f"file://{tmp_path}/store"), 2)
+    task = subprocess.Popen([sys.executable, "-c", ENDLESS], cwd=ROOT, env=environment(tmp_path, {}))
+    paused = tmp_path / "store" / "serving" / "rollout" / "00000001.json"
+    while not paused.exists():
+        assert task.poll() is None
+        time.sleep(0.1)
+    (step,) = map(int, Path(f"/proc/{task.pid}/task/{task.pid}/children").read_text().split())
+    task.kill()
+    task.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{step}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(step, signal.SIGKILL)
+    pytest.fail("the step works on")
 
 
 def test_a_wrong_launcher_setting_says_what_to_set(local: dict[str, Any]) -> None:
