@@ -1,7 +1,7 @@
 """MLflow runs: parameters, metrics by step, pictures and inputs of one piece of work.
 
-A run belongs to a key (what is being done). When the work starts again, the run that an earlier attempt left open is
-closed as failed, so that the UI never shows work as running that has died.
+A run belongs to a key (what is being done). When the work starts again, the run that a killed attempt left open is
+closed as failed; until then, the UI shows it as running.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ changed is published as the next delta of the version's parameter log, which the
 * Champion and, during a rollout, challenger learn, each on its own log. One that lacks earlier windows, because it was
   pretrained meanwhile or comes back by a rollback, learns from those first.
 * Windows are learned from in order and once each. After a failed run the DAG pauses itself, because later windows
-  would shut the failed one out: repair the cause, clear the failed run, unpause.
+  would shut the failed one out: repair the cause, clear the failed run, unpause. A run that waits already when another
+  fails is started all the same: trigger a window after the one before it has succeeded.
 
 `FRESHET_CONTINUAL_CRON`, e.g. `0 * * * *`, runs it on a schedule: each tick takes the window from the tick before
 and joins it once its actions had the **attribution window** to arrive. The first window begins at
