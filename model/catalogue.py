@@ -26,7 +26,7 @@ def int64_ids(ids: ArrayLike, what: str) -> Int64s:
     """Ids as int64. Raises BadInput for numbers that a cast could merge: floats, uint64, objects."""
     given = np.asarray(ids)
     if given.size and not np.can_cast(given.dtype, np.int64):
-        raise BadInput(f"{what} are {given.dtype}; item ids are whole numbers of at most 64 bits: give int64")
+        raise BadInput(f"{what} are {given.dtype}; ids are whole numbers of at most 64 bits: give int64")
     return given.astype(np.int64)
 
 
@@ -36,15 +36,21 @@ class ItemCatalogue:
     def __init__(self, item_id: Int64s, author_id: Int64s, category: Int64s, duration_s: NDArray[np.float32]) -> None:
         """Arrays of equal length; a later entry replaces an earlier one of the same item.
 
-        Raises BadInput for ids that are no int64.
+        Raises BadInput for ids that are no int64, and for arrays that do not fit together.
         """
-        ids = int64_ids(item_id, "items")
+        ids, authors, categories = (
+            int64_ids(item_id, "items"),
+            int64_ids(author_id, "authors"),
+            int64_ids(category, "categories"),
+        )
+        if not len(ids) == len(authors) == len(categories) == len(duration_s):
+            raise BadInput(f"{len(ids)} items need an author, a category and a duration each")
         unique, last = np.unique(ids[::-1], return_index=True)
         place = len(ids) - 1 - last
         self.item_id: Int64s = unique
         self._features = np.zeros((len(unique) + 1, 3), dtype=np.int64)  # the last row is the unknown item
-        self._features[:-1, 0] = np.asarray(author_id, dtype=np.int64)[place]
-        self._features[:-1, 1] = np.asarray(category, dtype=np.int64)[place]
+        self._features[:-1, 0] = authors[place]
+        self._features[:-1, 1] = categories[place]
         self._features[:-1, 2] = log_bucket(np.asarray(duration_s)[place], DURATION_BUCKETS - 1)
 
     @classmethod

@@ -12,6 +12,7 @@ import torch
 from components.errors import BadInput
 from components.schemas import ACTIONS
 from components.serve.loaded import LARGEST_WEIGHT
+from model.catalogue import ItemCatalogue
 from model.dataset import SequenceDataset
 from model.inputs import UserEvents
 from model.ranker import Ranker, RankerConfig
@@ -185,6 +186,17 @@ def test_items_that_are_no_int64_are_refused_and_not_rounded(retriever: Retrieve
         with pytest.raises(BadInput, match="whole numbers of at most 64 bits"):
             choose()
     assert len(retriever.retrieve(user(1, 5), NOW, allowed=np.array([]))[0]) == 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_catalogue_of_other_ids_or_lengths_is_refused(place: int) -> None:
+    columns = [IDS, IDS, IDS, np.ones(len(IDS), np.float32)]
+    columns[place] = IDS + 0.5
+    with pytest.raises(BadInput, match="whole numbers of at most 64 bits"):
+        ItemCatalogue(*columns)
+    columns[place] = IDS[:-1]
+    with pytest.raises(BadInput, match="an author, a category and a duration each"):
+        ItemCatalogue(*columns)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from model import serving_table
 from model.serving_table import PRECISIONS, ServingTable, served_weights, serving_copy
 from model.table import EmbeddingTable
 
@@ -41,6 +42,16 @@ def test_served_parameters_are_the_trainers_after_the_declared_rounding(precisio
     served.apply_delta(made.export_delta(epoch))
     assert len(served) == len(made)
     assert torch.equal(served.lookup(ids), served_weights(made.lookup(ids), precision))
+
+
+def test_a_copy_that_is_filled_in_parts_has_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trained()
+    monkeypatch.setattr(serving_table, "FILL_ROWS", 7)
+    served = copy_of(made, "fp32")
+    assert len(served) == len(made) > 2 * 7
+    assert torch.equal(
+        served.lookup(made.export_all().keys, missing="zeros"), torch.from_numpy(made.export_all().weights)
+    )
 
 
 class Model(torch.nn.Module):
