@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.table import OPTIMIZERS, EmbeddingTable
-from tests.model.table_model import INT64, assert_same_table, column, initial_state, initial_weights, int64, update
+from tests.model.table_model import (
+    INT64,
+    assert_same_table,
+    column,
+    id_of_hash,
+    initial_state,
+    initial_weights,
+    int64,
+    update,
+)
 
 torch.set_num_threads(1)
 
@@ -165,6 +174,17 @@ def test_threads_and_shards_do_not_change_a_bit(optimizer: str, shards: int) -> 
         grads = random.normal(size=(len(ids), DIM)).astype(np.float32)
         assert one.apply_gradients(ids, grads) == many.apply_gradients(ids, grads)
         assert torch.equal(one.lookup(ids), many.lookup(ids))
+    assert_same_table(one, many)
+
+
+def test_a_batch_whose_ids_all_belong_to_one_thread_is_what_one_thread_makes_of_it() -> None:
+    """As a process sees them that has few of a table's virtual buckets: the ids of all other shards are elsewhere."""
+    one, many = (EmbeddingTable("item", DIM, shards=16, threads=threads) for threads in (1, 4))
+    random = np.random.default_rng(7)
+    ids = np.array([id_of_hash(7 << 60 | low) for low in random.integers(0, 1 << 60, 8000).tolist()])
+    ids = np.concatenate([ids, ids[:1000]])
+    grads = random.normal(size=(len(ids), DIM)).astype(np.float32)
+    assert one.apply_gradients(ids, grads) == many.apply_gradients(ids, grads) == 8000
     assert_same_table(one, many)
 
 
