@@ -19,6 +19,7 @@ from model.dataset import SequenceDataset
 from model.inputs import EVENT_DTYPES, UserEvents
 from model.ranker import Ranker, RankerConfig
 from model.retriever import Retriever, RetrieverConfig
+from model.table import EmbeddingTable
 from model.trainer import Step, Trainer
 from tests.model.make import catalogue, table, user
 
@@ -216,6 +217,29 @@ def test_continual_training_goes_on_from_a_restored_state() -> None:
 def test_continual_training_is_one_pass_over_every_new_interaction() -> None:
     window = SequenceDataset(table([user(i, 6, 2, new_from=i % 7) for i in range(40)]))
     assert Trainer(ranker(epochs=5)).fit(window, continual=True)["targets"] == window.targets() < 240
+
+
+@pytest.mark.parametrize("continual", [False, True])
+def test_learning_rates_rise_then_fall_to_their_last_share_and_are_constant_in_a_continual_pass(
+    continual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pace for dense parameters and tables; `bias` has a rate of its own."""
+    rates: list[tuple[float, float, float]] = []
+    of_tables: dict[str, float] = {}
+    monkeypatch.setattr(EmbeddingTable, "step", lambda table, lr, _: of_tables.update({table.slot: lr}) or 0)
+    first = {"dense_lr": 0.01, "table_lr": 0.2, "bias_lr": 0.3}
+    later = {"continual_dense_lr": 0.02, "continual_table_lr": 0.4, "continual_bias_lr": 0.5}
+    trainer = Trainer(ranker(**first, **later, warmup=0.25, final_lr=0.2, bias_slots="item"))
+
+    def note(_: Step) -> None:
+        rates.append((trainer.optimizer.param_groups[0]["lr"], of_tables["item"], of_tables["item_bias"]))
+
+    trainer.fit(liking(), continual=continual, on_step=note)
+    done = np.arange(len(rates))
+    rise, fall = (done + 1) / (0.25 * len(rates)), 1 - 0.8 * done / len(rates)
+    pace = np.ones(len(rates)) if continual else np.minimum(rise, fall)
+    assert len(rates) > 8 and np.argmax(rise >= fall) > 1
+    np.testing.assert_allclose(rates, pace[:, None] * list((later if continual else first).values()))
 
 
 def test_evaluation_learns_nothing() -> None:
