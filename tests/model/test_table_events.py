@@ -128,3 +128,12 @@ def test_what_a_step_has_read_does_not_expire_in_it() -> None:
     table(torch.tensor([1]), events=Events.at(torch.tensor([16 * SECOND])))  # without a gradient
     learn(table, [3], [16 * SECOND], now_us=16 * SECOND)
     assert seen(table) == {1: 16, 3: 16}
+
+
+@pytest.mark.parametrize("events", [0, 1])
+def test_a_read_keeps_a_row_only_where_it_stands_for_an_event(events: int) -> None:
+    table = EmbeddingTable("item", 1, ttl_us=10 * SECOND, ttl_on_access=True, sweep_steps=1)
+    learn(table, [1], [5 * SECOND])
+    table(torch.tensor([1]), events=Events(np.full(1, events, np.uint32), int64(16 * SECOND)))  # without a gradient
+    learn(table, [3], [16 * SECOND], now_us=16 * SECOND)
+    assert seen(table) == ({1: 16, 3: 16} if events else {3: 16})
