@@ -10,7 +10,8 @@ import numpy as np
 from components.figures import Curve
 
 if TYPE_CHECKING:
-    from components.sequence_data import Items, Part
+    from components.items import Items
+    from components.sequence_data import Part
     from model.dataset import SequenceDataset
     from model.trainer import Trainer
 
@@ -54,7 +55,7 @@ def choose_items(trainer: Trainer, items: Items, part: Part) -> None:
     from model.retriever import Retriever
 
     if isinstance(trainer.model, Retriever) and part.event_range is not None:
-        trainer.model.set_items(np.union1d(items.available(part.event_range), part.new["item_id"]))
+        trainer.model.set_items(np.union1d(items.available(*part.event_range), part.new["item_id"]))
 
 
 def baseline(trainer: Trainer, past: Part, part: Part) -> dict[str, float]:

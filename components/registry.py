@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from components.errors import BadInput, FreshetError
 from components.parameters.checkpoint import Checkpoint
-from components.windows import Window
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -134,17 +133,6 @@ class Registry:
         """Show on the version how far continual training has come."""
         for name, value in (("head", str(n)), ("newest_window", window)):
             self.client.set_model_version_tag(model, str(version), TAG + name, value)
-
-    def saw(self, model: str, window: str) -> list[int]:
-        """Versions that learned from a window: pretrained on one that overlaps it, or fine-tuned on it. Ascending."""
-        wanted = Window.parse(window)
-        pretrained = [v for v in self.versions(model) if any(Window.parse(w).overlaps(wanted) for w in v.windows)]
-        found = {v.version for v in pretrained}
-        experiments = [e.experiment_id for e in self.client.search_experiments()]
-        query = f"tags.`{TAG}model` = '{model}' and tags.`{TAG}window` = '{window}' and tags.`{TAG}delta` != ''"
-        for run in self.client.search_runs(experiments, query, max_results=_MANY):
-            found.add(int(run.data.tags[TAG + "version"]))
-        return sorted(found)
 
     def _search(self, model: str, condition: str = "") -> list[Version]:
         query = f"name = '{model}'" + (f" and {condition}" if condition else "")

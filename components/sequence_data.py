@@ -18,7 +18,7 @@ from components.schemas import ITEMS
 from components.storage import Storage
 
 if TYPE_CHECKING:
-    from model.catalogue import ItemCatalogue
+    from components.items import Items
     from model.dataset import SequenceDataset
 
 Int64s = npt.NDArray[np.int64]
@@ -75,21 +75,6 @@ def _new(tables: list[pa.Table], column: str) -> Int64s:
     return np.concatenate(found).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Items:
-    """The item log: side features, and when each item is available."""
-
-    catalogue: ItemCatalogue
-    item_id: Int64s  # ascending
-    available_from: Int64s  # us
-    available_until: Int64s  # us
-
-    def available(self, event_range: tuple[int, int]) -> Int64s:
-        """Items that were available at some time within the range, ends included."""
-        first, last = event_range
-        return self.item_id[(self.available_from <= last) & (self.available_until > first)]
-
-
 def item_files(storage: Storage) -> list[str]:
     """The files of the item log as it is now."""
     return [path for path in storage.list("items") if path.endswith(".parquet")]
@@ -100,21 +85,7 @@ def read_items(storage: Storage, files: Sequence[str] | None = None) -> Items:
 
     BadInput names a file that holds no items.
     """
-    from model.catalogue import ItemCatalogue
+    from components.items import Items
 
     paths = item_files(storage) if files is None else files
-    table = pa.concat_tables([ITEMS.empty_table(), *(storage.read_table_as(path, ITEMS) for path in paths)])
-    ids = table["item_id"].to_numpy()
-    unique, last = np.unique(ids[::-1], return_index=True)
-    place = len(ids) - 1 - last
-    limits = np.iinfo(np.int64)
-    return Items(
-        ItemCatalogue.from_tables([table]),
-        unique,
-        _times(table["available_from"], limits.min)[place],
-        _times(table["available_until"], limits.max)[place],
-    )
-
-
-def _times(column: pa.ChunkedArray, missing: int) -> Int64s:
-    return column.cast(pa.int64()).fill_null(missing).to_numpy()
+    return Items(pa.concat_tables([ITEMS.empty_table(), *(storage.read_table_as(path, ITEMS) for path in paths)]))

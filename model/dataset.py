@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from components.errors import BadInput
@@ -55,14 +53,6 @@ class SequenceDataset:
         if not parts:
             raise BadInput("no sequence parts to read; check that the dataset's manifest names some")
         return cls(pa.concat_tables(parts, promote_options="permissive"))
-
-    @classmethod
-    def from_path(cls, folder: str | Path) -> SequenceDataset:
-        """From the Parquet files of one local folder (train/ or eval/ of a dataset), in order of name."""
-        files = sorted(Path(folder).glob("*.parquet"))
-        if not files:
-            raise BadInput(f"no Parquet files in {folder}; give the train or eval folder of a sequence dataset")
-        return cls.from_tables(pq.ParquetFile(file).read() for file in files)
 
     def __len__(self) -> int:
         return len(self.user_id)

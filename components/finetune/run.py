@@ -33,8 +33,9 @@ from components.windows import Window, from_us
 if TYPE_CHECKING:
     import torch
 
+    from components.items import Items
     from components.registry import Registry
-    from components.sequence_data import Items, Part
+    from components.sequence_data import Part
     from model.trainer import Trainer
 
 EXPERIMENT = "continual"

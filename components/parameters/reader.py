@@ -63,14 +63,6 @@ class LogReader:
                 if self._base(as_of) == base:
                     raise  # otherwise compaction moved the ground while we read: plan again
 
-    def verify(self) -> int:
-        """Read back everything that can be restored, state included; returns head. CorruptLog at the first damage."""
-        head = self._target(None)
-        for n in self.snapshots():
-            self._snapshot(n, with_state=True)
-        self.load(head, with_state=True)
-        return head
-
     def _target(self, as_of: int | None) -> int:
         head = self.head()
         if head < 0:

@@ -14,7 +14,8 @@ from components.parameters.reader import LogReader
 from components.storage import Storage
 
 if TYPE_CHECKING:
-    from components.sequence_data import Items, Part
+    from components.items import Items
+    from components.sequence_data import Part
 
 PREFIX = "champion_"
 VERSION = f"{PREFIX}version"

@@ -11,13 +11,14 @@ import torch
 
 from components import sequence_data
 from components.errors import BadInput
+from components.items import Items
 from components.manifests import Manifest
 from components.parameters.bridge import build_model, choose_device
 from components.pretrain.champion import measure_champion
 from components.pretrain.config import PretrainConfig
 from components.pretrain.resume import Course, Measured, Saves
 from components.quality import baseline, choose_items, measure
-from components.sequence_data import Items, Part
+from components.sequence_data import Part
 from components.storage import Storage
 from components.training import draw_losses, fit, log_losses, policy_counts
 from model.ranker import RankerConfig

@@ -1,4 +1,4 @@
-"""The items that can be recommended now."""
+"""Follows the catalogue while others write to it."""
 
 from __future__ import annotations
 
@@ -9,36 +9,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from components.errors import BadInput
+from components.items import Items
 from components.schemas import ITEMS
 from components.storage import Storage
-from model.catalogue import Int64s, ItemCatalogue
 
-_ALWAYS = np.iinfo(np.int64)
 _AT_ONCE = 64
 """Files that are held in memory at a time while a long catalogue is read."""
 
 log = logging.getLogger("freshet.serve.items")
-
-
-class Items:
-    """One immutable view of items/: side features, and when each item is available."""
-
-    def __init__(self, table: pa.Table) -> None:
-        """table: of the `items` schema, later rows win."""
-        self.catalogue = ItemCatalogue.from_tables([table])
-        ids = table["item_id"].to_numpy()
-        unique, last = np.unique(ids[::-1], return_index=True)
-        place = len(ids) - 1 - last
-        self.item_id: Int64s = unique
-        self._from = _times(table["available_from"], _ALWAYS.min)[place]
-        self._until = _times(table["available_until"], _ALWAYS.max)[place]
-
-    def __len__(self) -> int:
-        return len(self.item_id)
-
-    def available(self, now_us: int) -> Int64s:
-        """Ascending ids of the items with available_from <= now < available_until."""
-        return self.item_id[(self._from <= now_us) & (now_us < self._until)]
 
 
 class ItemFolder:
@@ -77,7 +55,3 @@ class ItemFolder:
         order = np.argsort(rank[file], kind="stable")[::-1]
         _, winner = np.unique(rows["item_id"].to_numpy()[order], return_index=True)
         self._rows, self._file = rows.take(order[winner]).combine_chunks(), file[order[winner]]
-
-
-def _times(column: pa.ChunkedArray, missing: int) -> NDArray[np.int64]:
-    return column.cast(pa.int64()).fill_null(missing).to_numpy()

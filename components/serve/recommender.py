@@ -86,7 +86,7 @@ class Recommender:
         request_id = self.ids.next()
         now, events = self.history.snapshot(body.user_id)
         with self._counted(track) as found:
-            allowed = self.items.items.available(now)
+            allowed = self.items.items.available(now, now)
             if body.exclude:
                 allowed = np.setdiff1d(allowed, np.array(body.exclude, np.int64), assume_unique=False)
             ids = retrieve(track, events, now, body.page, max(self.config.candidates, body.k), allowed)

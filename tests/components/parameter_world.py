@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from components.parameters.arrays import Array, Parameters, TableDelta
+from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
 from components.storage import Storage
 
@@ -103,3 +104,10 @@ def small_log(root: str, deltas: int = 3) -> list[Parameters]:
         trainer.step()
         held.append(publish_delta(writer, trainer, n))
     return held
+
+
+def read_all(reader: LogReader) -> int:
+    """Load every snapshot and the head with all state, which proves them; returns the head."""
+    for n in reader.snapshots():
+        reader.load(n, with_state=True)
+    return reader.load(with_state=True).n

@@ -16,7 +16,7 @@ from components.parameters.compaction import compact, retain
 from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
 from components.storage import Storage
-from tests.components.parameter_world import TinyTrainer, identical, publish_delta, small_log
+from tests.components.parameter_world import TinyTrainer, identical, publish_delta, read_all, small_log
 
 
 class Died(BaseException):
@@ -114,7 +114,7 @@ def test_compaction_and_retention_lose_nothing_wherever_they_die(tmp_path: Path)
         fold_and_retain(Storage(root))
         reader = LogReader(Storage(root), "ranker", 1)
         assert reader.snapshots() == [0, 2]
-        assert identical(reader.load(with_state=True), held[2]) and reader.verify() == 2
+        assert identical(reader.load(with_state=True), held[2]) and read_all(reader) == 2
         assert len(Storage(root).list("parameters/ranker/1/delta-1")) == 1
 
     assert deaths(tmp_path, fold_and_retain, check) == 20
@@ -157,4 +157,4 @@ def test_a_killed_process_leaves_a_readable_log_and_a_retry_finishes(tmp_path: P
     if not committed:
         assert identical(reader.load(with_state=True), held[2])
         next_change(Storage(root))
-    assert LogReader(Storage(root), "ranker", 1).verify() == 3
+    assert read_all(LogReader(Storage(root), "ranker", 1)) == 3

@@ -11,7 +11,7 @@ from components.errors import BadInput, FreshetError
 from components.parameters.checkpoint import Checkpoint
 from components.registry import Registry
 from components.tracking import Tracker
-from tests.components.sequence_world import HISTORY, day
+from tests.components.sequence_world import HISTORY
 
 
 def checkpoint(run_id: str, model: str = "ranker") -> Checkpoint:
@@ -103,16 +103,6 @@ def test_an_unknown_version_is_refused_with_the_known_ones(registry: Registry) -
         registry.set_alias("ranker", "champion", 7)
     with pytest.raises(BadInput, match="retriever has no champion yet"):
         registry.resolve("retriever", None)
-
-
-def test_lineage_tells_which_versions_saw_a_window(registry: Registry) -> None:
-    registered(registry, 1), registered(registry, 2)
-    start_run(registry.tracking_uri, model="ranker", version=2, window=day(1).key, delta=1)
-    start_run(registry.tracking_uri, model="ranker", version=1, window=day(2).key)  # died before its delta
-    assert registry.saw("ranker", HISTORY.key) == [1, 2]
-    assert registry.saw("ranker", day(1).key) == [2]
-    assert registry.saw("ranker", day(2).key) == []
-    assert registry.saw("retriever", day(1).key) == []
 
 
 def test_without_an_mlflow_server_the_error_says_what_to_do() -> None:

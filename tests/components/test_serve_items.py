@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from components.errors import BadInput
+from components.items import Items
 from components.sequence_data import read_items
 from components.serve import items as items_module
-from components.serve.items import ItemFolder, Items
+from components.serve.items import ItemFolder
 from components.storage import Storage
 from tests.components.serving import item_rows
 

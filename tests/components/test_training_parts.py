@@ -70,9 +70,9 @@ def test_items_are_available_within_their_times_and_later_rows_win(storage: Stor
     write("c", 3, 30, None, day(2).start)
     write("d", 1, 11, None, None)
     items = sequence_data.read_items(storage)
-    assert items.available((day(1).start_us, day(1).end_us - 1)).tolist() == [1, 3]
-    assert items.available((day(2).start_us, day(2).end_us)).tolist() == [1, 2]
-    assert items.available((day(1).start_us, day(2).start_us)).tolist() == [1, 2, 3]
+    assert items.available(day(1).start_us, day(1).end_us - 1).tolist() == [1, 3]
+    assert items.available(day(2).start_us, day(2).end_us).tolist() == [1, 2]
+    assert items.available(day(1).start_us, day(2).start_us).tolist() == [1, 2, 3]
     assert items.catalogue.features(np.array([1]))[0, 0] == 11
     assert find(storage, "items") is None
 
