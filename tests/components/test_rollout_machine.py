@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.errors import BadInput
-from components.rollout.evidence import Observation, Serving
+from components.rollout.evidence import Arm, Observation, Serving
 from components.rollout.machine import BY_HAND, Order, aliases, required_gates, step
 from components.rollout.policy import Policy
 from components.rollout.state import ACTIVE, Alias, Release, RolloutState
+from components.rollout.verdicts import quality, quality_z
 from tests.components.rollout_cases import (
     GOOD_OFFLINE,
     GOOD_SERVING,
@@ -156,6 +159,33 @@ def test_resume_returns_to_the_same_share_with_a_fresh_period() -> None:
     assert (resumed.stage, resumed.share, resumed.stage_since) == ("canary", 1000, paused.at + LATER)
 
 
+def test_a_resumed_step_begins_to_look_anew() -> None:
+    policy = POLICY.model_copy(update={"shares": "5000"})
+    looked, _ = step(reach("canary", policy), canary_observation(5000, rate=0.45), START + 3 * LATER, policy)
+    assert (looked.stage, looked.looks) == ("canary", 1), "neither proven to be within the tolerance nor beyond it"
+    paused, _ = step(looked, Observation(), looked.at, policy, Order(command="pause"))
+    assert step(paused, Observation(), paused.at, policy, Order(command="resume"))[0].looks == 0
+
+
+def test_all_looks_of_a_step_together_err_at_most_at_the_level_of_the_policy() -> None:
+    reasons = [quality(arm(900, 0.5), arm(900, 0.45), POLICY, look, True).reason for look in range(12)]
+    bounds = [float(reason.split(" against ")[2].split()[0]) for reason in reasons]
+    levels = [1 - NormalDist().cdf(bound) for bound in bounds]
+    assert sum(levels) == pytest.approx(POLICY.alpha, rel=0.02) and levels == sorted(levels, reverse=True)
+
+
+def test_z_is_a_standard_normal_where_the_rate_fell_by_just_what_is_tolerated() -> None:
+    random, policy = np.random.default_rng(0), POLICY.model_copy(update={"max_quality_drop": 0.5})
+
+    def drawn(rate: float) -> Arm:
+        hits = random.binomial(20, rate, 200)
+        squares, products = int((hits**2).sum()), int(20 * hits.sum())
+        return Arm(users=200, impressions=4000, hits=hits.sum(), sum_nn=80_000, sum_xx=squares, sum_nx=products)
+
+    z = np.array([quality_z(drawn(0.6), drawn(0.3), policy) for _ in range(1000)], float)
+    assert abs(z.mean()) < 0.1 and z.std() == pytest.approx(1, abs=0.08)
+
+
 def test_promote_by_hand_skips_canary_steps_but_no_guardrail() -> None:
     state = reach("canary")
     order = Order(command="promote", by="ana")
@@ -163,6 +193,8 @@ def test_promote_by_hand_skips_canary_steps_but_no_guardrail() -> None:
     assert (promoted.stage, promoted.champion, promoted.passed[-1]) == ("promoted", NEW, BY_HAND)
     broken = Observation(serving=Serving(requests=100, errors=100))
     assert step(state, broken, state.at, POLICY, order)[0].stage == "rolled_back"
+    void, _ = step(state, canary_observation(5000), state.at, POLICY, order)
+    assert (void.stage, void.champion) == ("paused", OLD) and "sample ratio mismatch" in void.reason
     for stage in ("gate", "shadow", "paused"):
         before = reach("canary") if stage == "paused" else reach(stage)
         if stage == "paused":

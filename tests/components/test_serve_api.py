@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from tests.components.serving import (
     item_rows,
     items_of,
     now_us,
+    wait_for,
 )
 
 NEW_USER = 10_000
@@ -110,13 +110,7 @@ def test_items_are_recommended_only_while_available(toy_root: Path) -> None:
         )
         (toy_root / "items/u4.parquet").write_bytes(b"PAR1 truncated")
         wanted = set(items_of(3) + items_of(4))
-        wait = threading.Event()
-        for _ in range(100):
-            found = {item["item_id"] for item in live.recommend(1, k=60)["items"]}
-            if found == wanted:
-                break
-            wait.wait(0.1)
-        assert found == wanted
+        wait_for(lambda: {item["item_id"] for item in live.recommend(1, k=60)["items"]} == wanted)
 
 
 def test_metrics_tell_what_is_served(live: Live) -> None:

@@ -85,7 +85,7 @@ def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(story
     supervisor.kill("serve")
     service = next(service for service in story.stack.services() if service.name == "serve")
     supervisor.start(service)
-    supervisor.wait_ready(service, timeout=60)
+    supervisor.wait_ready(service, timeout=300)
     story.wait_until_ready()
     after = served(story)
     assert after["ranker"] == before["ranker"]

@@ -33,7 +33,7 @@ def web_server(port: int) -> Service:
 def test_a_service_starts_once_and_stops(tmp_path: Path) -> None:
     supervisor, service = Supervisor(tmp_path), web_server(free_port())
     supervisor.start(service)
-    supervisor.wait_ready(service, timeout=30)
+    supervisor.wait_ready(service, timeout=120)
     pid = (tmp_path / "run" / "web.pid").read_text()
     supervisor.start(service)
     assert (tmp_path / "run" / "web.pid").read_text() == pid
@@ -54,7 +54,7 @@ def test_a_service_that_dies_while_starting_shows_the_end_of_its_log(tmp_path: P
     service = Service("dies", [sys.executable, "-c", "raise SystemExit('no such database')"], {}, port=free_port())
     supervisor.start(service)
     with pytest.raises(FreshetError, match="no such database"):
-        supervisor.wait_ready(service, timeout=30)
+        supervisor.wait_ready(service, timeout=120)
 
 
 def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_port_of_a_killed_service_is_free_when_kill_returns(tmp_path: Path) 
     supervisor, service = Supervisor(tmp_path), listener(free_port())
     for _ in range(5):
         supervisor.start(service)  # BadInput if the one before still held the port
-        supervisor.wait_ready(service, timeout=30)
+        supervisor.wait_ready(service, timeout=120)
         supervisor.kill("listener")
         assert not supervisor.running("listener")
 
@@ -87,6 +87,6 @@ def test_a_stopped_service_is_gone_and_can_start_again(tmp_path: Path) -> None:
     supervisor, service = Supervisor(tmp_path), listener(free_port())
     for _ in range(2):
         supervisor.start(service)
-        supervisor.wait_ready(service, timeout=30)
+        supervisor.wait_ready(service, timeout=120)
         supervisor.stop("listener", grace=1.0)
         assert supervisor.names() == []
