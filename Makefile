@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-SLOW := not browser and not gpu
+# Tests that need no more than what is set up here.
+EVERYWHERE := not browser and not gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build lint format test unit browser demo up down clean sanitize triton lock
@@ -31,10 +32,10 @@ format: $(STAMP) ## apply ruff's fixes and format
 
 test: lint ## lint, unit, integration and a short end-to-end run of the whole loop
 	@$(MAKE) --no-print-directory -C csrc test PYTHON="$(CURDIR)/$(PY)"
-	@$(PY) -m pytest -m "$(SLOW)"
+	@$(PY) -m pytest -m "$(EVERYWHERE)"
 
 unit: setup ## the quick tests alone
-	@$(PY) -m pytest -m "$(SLOW) and not integration and not end_to_end"
+	@$(PY) -m pytest -m "$(EVERYWHERE) and not integration and not end_to_end"
 
 browser: setup ## look at the UIs of a running demo with headless Chromium; writes docs/images
 	@command -v chromium >/dev/null || apt-get install -y -qq chromium || \

@@ -400,6 +400,7 @@ def test_a_status_of_nothing_is_an_answer(tmp_path: Path) -> None:
 def test_buckets_are_stable_even_and_only_added() -> None:
     assert bucket(42, "salt") == bucket(42, "salt") != bucket(42, "other salt")
     assert [bucket(user, "0-1-1") for user in (0, 1, -5)] == [4253, 5572, 5595]
+    assert [serves_challenger(0, "0-1-1", share) for share in (4253, 4254)] == [False, True]
     users = range(20_000)
     for share in (100, 5000):
         served = sum(serves_challenger(user, "s", share) for user in users)
