@@ -50,7 +50,6 @@ class User:
         self._rows = _NOTHING
         self._keys: set[tuple[int, int]] | None = set()
         self._events: UserEvents | None = UserEvents.empty(user_id)
-        self._complete_at = 0  # all events are known before this time
 
     def add(self, new: UserRows, limit: int) -> None:
         """Add events; of equal keys one stays, the same as in the join. Keeps about `limit` interactions."""
@@ -69,15 +68,14 @@ class User:
         return self._keys
 
     def events(self, now_us: int, attribution_us: int) -> UserEvents:
-        """The events known before `now_us`, with attributed actions only."""
-        if self._events is not None and self._complete_at < now_us:
+        """The events known before `now_us`, with attributed actions only. `now_us` never falls from call to call."""
+        if self._events is not None:
             return self._events
         impressions, actions = self._rows.impressions, self._rows.actions
         seen = UserRows(impressions[impressions["known_at"] < now_us], actions[actions["known_at"] < now_us])
         events = build_events(self.user_id, seen, attribution_us)
         if len(seen.impressions) == len(impressions) and len(seen.actions) == len(actions):
-            self._events = events
-            self._complete_at = int(max(events.known_at.max(initial=0), actions["known_at"].max(initial=0)))
+            self._events = events  # no later request has an earlier time, so it sees all of these, too
         return events
 
 

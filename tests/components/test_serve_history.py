@@ -205,13 +205,15 @@ def test_events_sent_again_change_nothing(clock: Clock) -> None:
 def test_of_copies_that_come_together_the_one_stays_that_the_join_takes(clock: Clock, way: int) -> None:
     h = history(clock)
     shown = [impression(1, 7, 100, page=page, position=position) for page, position in ((5, 1), (2, 1), (3, 0))]
+    shown.append(impression(1, 7, 90, received_at=120, page=9))  # earlier by its own clock, but it came later
     acted = [action(1, 7, 200, "watch", value=value) for value in (10.0, 5.0)]
+    acted.append(action(1, 7, 190, "watch", value=7.0, received_at=250))  # of actions the earlier one counts
     load(h, shown[::way], [*acted[::way], action(1, 7, 150, "an action of another version")])
     events = h.snapshot(1)[1]
     rules = Rules(Window(from_us(0), from_us(10**6)), attribution_window_s=3600, max_lateness_s=0, memory_s=0)
     (row,) = reference.join(shown, acted, [], rules).interactions
     assert (events.page.tolist(), events.position.tolist()) == ([row["page"]], [row["position"]]) == ([3], [0])
-    assert events.watch_s.tolist() == [row["watch_s"]] == [5.0]
+    assert events.watch_s.tolist() == [row["watch_s"]] == [7.0]
     assert events.action_mask.tolist() == [WATCH], "the join sets unknown actions aside"
 
 
