@@ -151,8 +151,6 @@ def _integers(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
 
 
 def _integer(value: Any) -> int | None:
-    if isinstance(value, bool) or value is None:
-        return None
     match = _INTEGER.fullmatch(str(value))
     if match is None:
         return None
