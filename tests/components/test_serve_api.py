@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from components.serve.api import EventsRecorded, Problem
-from components.serve.recommender import arrange, explore
+from components.serve.recommender import arrange, best_first, explore
 from tests.components.serving import (
     CATEGORIES,
     ITEM_IDS,
@@ -84,6 +84,10 @@ def test_exploration_is_a_function_of_the_request_and_keeps_its_share() -> None:
     slots, items = explore(7, 20, allowed[:3], 1.0)
     assert len(slots) == 3 and len(set(items.tolist())) == 3
     assert [len(x) for x in explore(7, 20, allowed[:0], 1.0)] == [0, 0]
+
+
+def test_equal_scores_are_ordered_by_id() -> None:
+    assert best_first(np.array([30, 10, 20]), np.array([0.5, 0.5, 0.9], np.float32)) == [2, 1, 0]
 
 
 def test_explored_items_take_their_slots_and_nothing_comes_twice() -> None:
