@@ -11,8 +11,11 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -89,7 +92,8 @@ def cli(config: type[Config], run: Callable[[Config], BaseModel], argv: Sequence
     parser = _parser(config, run)
     values = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
-        result = run(_settings(config, values)).model_dump_json()
+        with _sigterm_unwinds():
+            result = run(_settings(config, values)).model_dump_json()
     except FreshetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -103,6 +107,23 @@ def cli(config: type[Config], run: Callable[[Config], BaseModel], argv: Sequence
         Path(path).write_text(result)
     print(result, flush=True)
     return 0
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM end a step as Ctrl-C does, so that it closes what it has open, its MLflow run for one."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a step in a thread of another program; signals are that program's
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _remedy(error: Exception) -> str | None:

@@ -1,7 +1,7 @@
 """MLflow runs: parameters, metrics by step, pictures and inputs of one piece of work.
 
-A run belongs to a key (what is being done). When the work starts again, the run that a killed attempt left open is
-closed as failed; until then, the UI shows it as running.
+A run belongs to a key (what is being done). When the work starts again, the run that an attempt which died without
+warning left open is closed as failed; until then, the UI shows it as running.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Tracker:
 
     @contextmanager
     def run(self, experiment: str, key: str, name: str, params: Mapping[str, Any], **tags: object) -> Iterator[Run]:
-        """A run that ends FINISHED, or FAILED when the block raises."""
+        """A run that ends FINISHED, FAILED when the block raises, or KILLED by SIGTERM or Ctrl-C."""
         where = ensure_experiment(self.client, experiment)
         self._close_abandoned(where, key)
         created = self.client.create_run(where, run_name=name, tags={TAG + "key": key})
@@ -104,6 +104,9 @@ class Tracker:
         try:
             yield run
             status = "FINISHED"
+        except (SystemExit, KeyboardInterrupt):
+            status = "KILLED"
+            raise
         finally:
             run.flush()
             self.client.set_terminated(run.run_id, status)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,29 @@ def test_a_store_that_cannot_be_used_is_told_with_the_remedy_and_may_be_tried_ag
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         cli(PourConfig, failing(FileNotFoundError(errno.ENOENT, "No such file", "a")), [])
+
+
+def test_sigterm_lets_a_step_close_what_it_has_open(tmp_path: Path) -> None:
+    """As Airflow stops a task, and `make down` a service."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped(config: PourConfig) -> Poured:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)  # the signal comes before this has ended
+        finally:
+            (tmp_path / "closed").touch()
+        return Poured(config=config)
+
+    with pytest.raises(SystemExit) as left:
+        cli(PourConfig, stopped, [])
+    assert left.value.code == 128 + signal.SIGTERM and (tmp_path / "closed").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_step_may_run_in_a_thread_of_another_program() -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(cli, PourConfig, run, ["--cups=3"]).result() == 0
 
 
 def test_damaged_data_is_not_called_wrong_settings() -> None:

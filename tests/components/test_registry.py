@@ -140,3 +140,10 @@ def test_a_failed_block_ends_its_run_as_failed(registry: Registry) -> None:
         raise ValueError("boom")
     found = registry.client.get_run(run.run_id)
     assert found.info.status == "FAILED" and found.data.metrics == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("stopped", [SystemExit(143), KeyboardInterrupt()])
+def test_a_block_that_is_stopped_ends_its_run_as_killed(registry: Registry, stopped: BaseException) -> None:
+    with pytest.raises(type(stopped)), Tracker(registry.tracking_uri).run("tests", "k", "n", {"a": 1}) as run:
+        raise stopped
+    assert registry.client.get_run(run.run_id).info.status == "KILLED"
