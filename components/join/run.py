@@ -1,13 +1,14 @@
 """Join the impressions and actions of one window to interactions, exactly once.
 
 Reads   events/impressions, events/actions (the hours needed), manifests of earlier joins
-Writes  interactions/window=<window>/ (manifest last), quarantine/join/<window>.parquet, quality/join/<window>.json
+Writes  interactions/turns/ (the order of the joins), interactions/window=<window>/ (manifest last),
+        quarantine/join/<window>.parquet, quality/join/<window>.json
 
 Every event ends in one place: an interaction, the quarantine (with a reason), or pending until a later window.
 Impressions that arrive after their own window was joined are emitted by the next window, marked late, if they are not
 later than --max-lateness-s. A finished window is never joined again: the published result is returned.
-Join windows in the order of time, one at a time, once their actions had --attribution-window-s to arrive;
-before that, a window is refused without --early.
+Join windows in the order of time, once their actions had --attribution-window-s to arrive; before that, a window is
+refused without --early. Of two joins at once the second to finish is refused, and may be run again.
 
 example:
   python -m components.join --window=20220501T000000Z-20220502T000000Z --attribution-window-s=3600
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from components.errors import BadInput, FreshetError
+from components.errors import BadInput
+from components.join import turns
 from components.join.config import JoinConfig
-from components.manifests import Manifest, find, new_attempt, publish
+from components.manifests import Manifest, find, new_attempt
 from components.schemas import ACTION_EVENTS, IMPRESSIONS, INTERACTIONS, QUARANTINE
 from components.storage import Storage
 from components.windows import Window
@@ -35,7 +37,6 @@ from spark_jobs.join import Joined, Rules, counts, interactions, join, quarantin
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-FOLDER = "interactions"
 ROWS_PER_FILE = 500_000
 
 
@@ -56,22 +57,23 @@ def run(config: JoinConfig) -> JoinResult:
     """
     storage = Storage(config.root)
     window = Window.parse(config.window)
-    folder = f"{FOLDER}/window={window.key}"
+    folder = turns.folder_of(window.key)
+    turn = turns.begin(storage)
     manifest = find(storage, folder)
     if manifest is None:
-        manifest = _join(config, storage, window, folder)
+        manifest = turns.commit(storage, turn, _join(config, storage, window, folder))
     return _finish(storage, folder, manifest)
 
 
 def published(storage: Storage) -> list[Window]:
     """Windows with published interactions, in the order of time."""
-    paths = (path.split("/") for path in storage.list(FOLDER) if path.endswith("/manifest.json"))
+    paths = (path.split("/") for path in storage.list(turns.FOLDER) if path.endswith("/manifest.json"))
     return sorted(Window.parse(parts[1].removeprefix("window=")) for parts in paths)
 
 
 def manifest_of(storage: Storage, window: Window) -> Manifest:
     """The manifest of a window of `published`."""
-    found = find(storage, f"{FOLDER}/window={window.key}")
+    found = find(storage, turns.folder_of(window.key))
     assert found is not None
     return found
 
@@ -109,9 +111,7 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
             files = _write(result, found, storage, folder)
         finally:
             result.unpersist()
-    if published(storage) != joined_before:
-        raise FreshetError("a window was published during this join; join one window at a time, run this one again")
-    manifest = Manifest(
+    return Manifest(
         kind="interactions",
         name=window.key,
         windows=[window.key],
@@ -120,7 +120,6 @@ def _join(config: JoinConfig, storage: Storage, window: Window, folder: str) -> 
         counts=found,
         config=config.model_dump(mode="json", exclude={"root", "spark"}),
     )
-    return publish(storage, folder, manifest)
 
 
 def _refuse_overlap(window: Window, others: list[Window]) -> None:

@@ -18,6 +18,7 @@ from botocore.response import StreamingBody
 from components.config import cli
 from components.errors import BadInput
 from components.join import run as step
+from components.join import turns
 from components.join.config import JoinConfig
 from components.manifests import read_part
 from components.schemas import IMPRESSIONS, INTERACTIONS, action_mask
@@ -127,7 +128,7 @@ def test_a_join_that_died_before_its_manifest_leaves_nothing_and_is_repeated(
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "publish", die)
+        patch.setattr(turns, "commit", die)
         with pytest.raises(OSError, match="killed"):
             join(storage, HOURS[0])
     assert step.published(storage) == []
@@ -150,7 +151,7 @@ def test_a_join_that_another_one_overtook_is_tried_again(
     original = step._write
 
     def overtaken(*arguments: Any) -> Any:
-        publish_interactions(storage, other, [])
+        publish_interactions(storage, other, [], turn=0)
         return original(*arguments)
 
     command = [f"--root={storage.root}", f"--window={HOURS[0].key}", f"--spark={MASTER}"]
@@ -158,6 +159,54 @@ def test_a_join_that_another_one_overtook_is_tried_again(
         patch.setattr(step, "_write", overtaken)
         assert cli(JoinConfig, step.run, command) == 1
     assert cli(JoinConfig, step.run, command) == 0
+
+
+def test_a_join_that_halts_before_its_manifest_is_seen_by_the_next(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the late impression would be in both: each would think itself the first to see it."""
+    write(storage, "impressions", [impression(1, 5, 10)])
+    join(storage, HOURS[0])
+    write(storage, "impressions", [impression(2, 5, 55, delay=10), impression(3, 5, 70), impression(4, 5, 130)])
+    publish = turns.publish
+
+    def halted(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(turns, "publish", publish)
+            join(storage, HOURS[2], max_lateness_s=10_800)
+        return publish(*arguments)
+
+    monkeypatch.setattr(turns, "publish", halted)
+    join(storage, HOURS[1], max_lateness_s=10_800)
+    rows = [[row["request_id"] for row in interactions(storage, hour)] for hour in HOURS[:3]]
+    assert rows == [[1], [2, 3], [4]]
+
+
+def test_the_join_after_one_that_died_between_turn_and_manifest_publishes_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise OSError("killed")
+
+    write(storage, "impressions", [impression(1, 5, 10), impression(2, 5, 70)])
+    with monkeypatch.context() as patch:
+        patch.setattr(turns, "publish", die)
+        with pytest.raises(OSError, match="killed"):
+            join(storage, HOURS[0])
+    assert step.published(storage) == []
+    join(storage, HOURS[1])
+    assert step.published(storage) == list(HOURS[:2])
+    assert [row["request_id"] for row in interactions(storage, HOURS[0])] == [1]
+
+
+def test_a_window_that_was_removed_is_joined_again(storage: Storage) -> None:
+    write(storage, "impressions", [impression(1, 5, 10)])
+    folder = join(storage, HOURS[0]).folder
+    write(storage, "impressions", [impression(2, 5, 20)])
+    for path in storage.list(folder):
+        storage.delete(path)
+    join(storage, HOURS[0])
+    assert [row["request_id"] for row in interactions(storage, HOURS[0])] == [1, 2]
 
 
 def test_too_many_actions_without_impression_fail_with_a_report_that_names_the_reasons(storage: Storage) -> None:

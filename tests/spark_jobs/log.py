@@ -8,9 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from components.join import turns
 from components.join.config import JoinConfig
 from components.join.run import JoinResult, manifest_of, run
-from components.manifests import Manifest, publish, read_part
+from components.manifests import Manifest, read_part
 from components.schemas import INTERACTIONS, TIMESTAMP
 from components.storage import Storage
 from components.windows import Window, from_us, to_us
@@ -90,8 +91,8 @@ def quarantined(storage: Storage, window: Window) -> list[Row]:
     return storage.read_table(path).to_pylist() if storage.exists(path) else []
 
 
-def publish_interactions(storage: Storage, window: Window, rows: list[Row]) -> None:
-    """Publish reference interactions (times in us, `events` as tuples) as the join of a window would."""
+def publish_interactions(storage: Storage, window: Window, rows: list[Row], turn: int | None = None) -> None:
+    """Publish reference interactions (times in us, `events` as tuples) as the join of a window would, by its turn."""
     columns: dict[str, list[Any]] = {f.name: [row.get(f.name) for row in rows] for f in INTERACTIONS}
     for place, name in enumerate(("action_known_at", "action_masks", "action_values")):
         columns[name] = [[event[place] for event in row["events"]] for row in rows]
@@ -100,7 +101,8 @@ def publish_interactions(storage: Storage, window: Window, rows: list[Row]) -> N
     storage.write_table(f"{folder}/attempt-1/data/part.parquet", pa.table(columns | times, schema=INTERACTIONS))
     files = {"data": [f"{folder}/attempt-1/data/part.parquet"], "quarantine": []}
     counts = {"interactions": len(rows)}
-    publish(storage, folder, Manifest(kind="interactions", name=window.key, files=files, counts=counts))
+    manifest = Manifest(kind="interactions", name=window.key, files=files, counts=counts)
+    turns.commit(storage, turns.begin(storage) if turn is None else turn, manifest)
 
 
 def in_us(rows: pa.Table) -> pa.Table:
