@@ -149,7 +149,11 @@ def test_help_shows_defaults_bounds_and_what_the_step_does(capsys: pytest.Captur
     assert "The command line that every step gets" in shown
 
 
-@given(st.integers(1, 9), st.floats(0.001, 1e6), st.text(min_size=1), st.booleans(), st.none() | st.text())
+TEXT = st.text(min_size=1).filter(lambda text: text != "--")
+"""Python 3.11 takes the text "--" for the end of the options, even in --name=--, and the step refuses it."""
+
+
+@given(st.integers(1, 9), st.floats(0.001, 1e6), TEXT, st.booleans(), st.none() | st.just("") | TEXT)
 def test_arguments_made_from_a_config_parse_back_to_it(
     cups: int, rate: float, name: str, hot: bool, note: str | None
 ) -> None:
