@@ -168,7 +168,7 @@ def test_a_step_waits_for_its_time_without_a_process_and_then_goes_on(local: dic
 
 def test_killing_a_local_step_stops_what_it_started(local: dict[str, Any]) -> None:
     pid, kind, message = local["killed"]
-    assert kind == "AirflowException" and f"exit code {-signal.SIGTERM}" in message
+    assert kind == "AirflowException" and f"exit code {128 + signal.SIGTERM}" in message
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
