@@ -5,17 +5,17 @@ A share or rate is only judged when there are enough events to judge it by.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Final
 
 from pydantic import BaseModel, Field
+from scipy.stats import binom
 
 from components.schemas import ACTIONS
 
 ENOUGH_EVENTS: Final = 100
-SURE: Final = 1.645
-"""z beyond which a rate has changed by more than its limit and chance does not explain it (one-sided, 5 %)."""
+CHANCE: Final = 0.05
+"""Below this probability chance does not explain that a rate has changed by more than its limit."""
 
 
 class Limits(BaseModel):
@@ -107,13 +107,11 @@ def _jumps(report: Report, before: Mapping[str, int], max_ratio: float) -> list[
 def _surely_more(many: int, of_many: int, few: int, of_few: int, factor: float) -> bool:
     """Whether the rate many / of_many is above factor * few / of_few, beyond what chance explains.
 
-    Two Poisson counts compared by their square roots, whose variance does not depend on the rate (Anscombe's 3/8;
-    Gu, Ng, Tang and Schucany, Testing the ratio of two Poisson rates, 2008), so zero positives are judged as well.
+    Of two Poisson counts with the rates just at the limit, `many` is a binomial share of both (the exact conditional
+    test), so that zero positives are judged as well.
     """
-    if not of_many or not of_few:
-        return False
-    share = of_few / of_many / factor  # of `many`: what `few` would be, were the limit just reached
-    return 2 * (math.sqrt(share * (many + 3 / 8)) - math.sqrt(few + 3 / 8)) / math.sqrt(1 + share) > SURE
+    share = factor * of_many / (factor * of_many + of_few) if of_many and of_few else 1.0
+    return bool(binom.sf(many - 1, many + few, share) < CHANCE)
 
 
 def _share(part: int, whole: int) -> float:
