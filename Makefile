@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Tests that need no more than what is set up here.
 EVERYWHERE := not browser and not gpu
+# The tests of a file stay in one process: they share what is slow to start.
+PYTEST := $(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build lint format test unit browser demo up down clean sanitize triton lock
@@ -30,12 +32,12 @@ format: $(STAMP) ## apply ruff's fixes and format
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-test: lint ## lint, unit, integration and a short end-to-end run of the whole loop
+test: lint ## lint, unit, integration and a short end-to-end run of the whole loop (WORKERS=2 processes)
 	@$(MAKE) --no-print-directory -C csrc test PYTHON="$(CURDIR)/$(PY)"
-	@$(PY) -m pytest -m "$(EVERYWHERE)"
+	@$(PYTEST) -m "$(EVERYWHERE)"
 
 unit: setup ## the quick tests alone
-	@$(PY) -m pytest -m "$(EVERYWHERE) and not integration and not end_to_end"
+	@$(PYTEST) -m "$(EVERYWHERE) and not integration and not end_to_end"
 
 browser: setup ## look at the UIs of a running demo with headless Chromium; writes docs/images
 	@command -v chromium >/dev/null || apt-get install -y -qq chromium || \

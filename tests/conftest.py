@@ -27,3 +27,8 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared folder of real logs and golden files, absent at {SHARED}")
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, so that of several processes none has it left at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)

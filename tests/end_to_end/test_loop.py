@@ -18,7 +18,7 @@ from infra.local.services import Supervisor
 from infra.local.stack import Stack
 from infra.local.synthetic_story import Scale, SyntheticStory
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(2400)]
 
 SMALL = Scale(
     windows_before=1,
