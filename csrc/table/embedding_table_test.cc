@@ -71,7 +71,7 @@ void test_empty_batches_do_nothing() {
 
 // The formulas of optimizer.h, in double precision, over three steps of one weight each.
 double expected_weight(OptimizerKind kind, double w, const Floats& gradients, double lr) {
-  double s = 0, m = 0, z = 0;
+  double s = 0, m = 0, z = 0, r = 0;
   for (std::size_t t = 1; t <= gradients.size(); ++t) {
     const double g = gradients[t - 1], step = static_cast<double>(t);
     switch (kind) {
@@ -87,9 +87,10 @@ double expected_weight(OptimizerKind kind, double w, const Floats& gradients, do
         w -= lr * m / (1 - std::pow(0.9, step)) / (std::sqrt(s / (1 - std::pow(0.999, step))) + 1e-10);
         break;
       case OptimizerKind::kFtrl:
-        z += g - (std::sqrt(s + g * g) - std::sqrt(s)) / lr * w;
         s += g * g;
-        w = std::fabs(z) <= 0.01 ? 0 : -(z - std::copysign(0.01, z)) / ((1 + std::sqrt(s)) / lr + 0.02);
+        z += g - ((1 + std::sqrt(s)) / lr - r) * w;
+        r = (1 + std::sqrt(s)) / lr;
+        w = std::fabs(z) <= 0.01 ? 0 : -(z - std::copysign(0.01, z)) / (r + 0.02);
         break;
     }
   }

@@ -127,21 +127,23 @@ FRESHET_INLINE void adam(const OptimizerConfig& c, std::size_t dim, float lr, co
   }
 }
 
-// FTRL-proximal per weight (McMahan et al., KDD 2013, algorithm 1), alpha = lr:
-//   sigma = (sqrt(n + g^2) - sqrt(n)) / lr;  z += g - sigma w;  n += g^2
-//   w = 0 if |z| <= l1, else -(z - sign(z) l1) / ((beta + sqrt(n)) / lr + l2)
+// FTRL-proximal per weight (McMahan et al., KDD 2013, algorithm 1) at a rate lr that may change, with the learning rate
+// 1 / r, r = (beta + sqrt(n)) / lr. The centres of the proximal terms add up to r after every step, so
+//   n += g^2;  z += g - (r - r before) w,   where w = -(z - sign(z) l1) / (r before + l2) tells r before
+//   w = 0 if |z| <= l1, else -(z - sign(z) l1) / (r + l2)
+// Without l1 and l2 that is w -= g / r. A new row (z = 0) has its initial weights as the first centre.
 FRESHET_INLINE void ftrl(const OptimizerConfig& c, std::size_t dim, float lr, const float* __restrict g,
                          float* __restrict w, float* __restrict z, float* __restrict n) noexcept {
   const float l1 = c.l1, l2 = c.l2, beta = c.ftrl_beta;
   if (!(lr >= 1e-12F)) return;  // a rate of zero moves nothing, and 1 / lr must not overflow
   for (std::size_t j = 0; j < dim; ++j) {
-    const float sum = n[j] + g[j] * g[j];
-    const float root = std::sqrt(sum);
-    z[j] += g[j] - (root - std::sqrt(n[j])) / lr * w[j];
-    n[j] = sum;
+    n[j] += g[j] * g[j];
+    const float r = (beta + std::sqrt(n[j])) / lr;
+    const float regular = z[j] == 0 ? 0.0F : (z[j] > 0 ? l1 : -l1) - l2 * w[j];
+    const float centred = regular - r * w[j];
+    z[j] = g[j] + (w[j] == 0 ? z[j] : centred);
     const float shrunk = z[j] > 0 ? z[j] - l1 : z[j] + l1;
-    const float moved = -shrunk / ((beta + root) / lr + l2);
-    w[j] = std::fabs(z[j]) <= l1 ? 0.0F : moved;
+    w[j] = std::fabs(z[j]) <= l1 ? 0.0F : -shrunk / (r + l2);
   }
 }
 

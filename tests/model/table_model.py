@@ -87,10 +87,10 @@ def update(optimizer: str, w: np.ndarray, s: np.ndarray, g: np.ndarray, lr: floa
         w -= rate * (m / c1) / (np.sqrt(v / c2) + F(1e-8))
     else:
         z, n = s[:dim], s[dim:]
-        total = n + g * g
-        z += g - (np.sqrt(total) - np.sqrt(n)) / rate * w
-        n[:] = total
-        w[:] = -z / ((1 + np.sqrt(n)) / rate)
+        n += g * g
+        r = (1 + np.sqrt(n)) / rate
+        z[:] = g + np.where(w == 0, z, -r * w)
+        w[:] = -z / r
 
 
 def _power(base: float, n: int) -> float:

@@ -82,14 +82,15 @@ def test_adam_equals_torch_sparse_adam_on_rows_of_every_step_and_moves_no_other(
 def ftrl_reference(
     grads: np.ndarray, rate: list[float], w: np.ndarray, l1: float, l2: float, beta: float
 ) -> np.ndarray:
-    """McMahan et al. 2013, algorithm 1, in float64, one weight and one step at a time."""
+    """McMahan et al. 2013, algorithm 1, in float64: all sigmas so far add up to 1 / eta, at a changing rate, too."""
     w = w.astype(np.float64)
     for j in range(len(w)):
-        z, n = 0.0, 0.1
+        z, n, before = 0.0, 0.1, 0.0
         for g, lr in zip(grads[:, j].astype(np.float64), rate, strict=True):
-            sigma = (np.sqrt(n + g * g) - np.sqrt(n)) / lr
-            z, n = z + g - sigma * w[j], n + g * g
-            w[j] = 0.0 if abs(z) <= l1 else -(z - np.sign(z) * l1) / ((beta + np.sqrt(n)) / lr + l2)
+            n += g * g
+            inverse = (beta + np.sqrt(n)) / lr
+            z, before = z + g - (inverse - before) * w[j], inverse
+            w[j] = 0.0 if abs(z) <= l1 else -(z - np.sign(z) * l1) / (inverse + l2)
     return w
 
 
@@ -106,6 +107,19 @@ def test_ftrl_follows_the_paper(l1: float, l2: float, beta: float) -> None:
     zeros = int((weights == 0).sum())
     assert zeros == int((expected == 0).sum())
     assert (zeros > 0) == (l1 > 0)  # what l1 is for
+
+
+def test_ftrl_without_regularisation_descends_at_a_rate_of_its_own_per_weight_whatever_the_schedule() -> None:
+    """As the paper says of it. A rate that falls must not shrink the weights, nor one that rises again blow them up."""
+    table = EmbeddingTable("item", 1, "ftrl", init_scale=0.5)
+    w, n = float(table.lookup(int64(5))), 0.0
+    for lr in [*np.linspace(0.5, 0.05, 200), *[0.5] * 20]:
+        gradient = np.float32(2 * (w - 1.0))
+        table.apply_gradients(int64(5), np.full((1, 1), gradient), lr=lr)
+        n += float(gradient) ** 2
+        w -= lr * float(gradient) / (1 + n**0.5)
+        assert float(table.lookup(int64(5))) == pytest.approx(w, rel=1e-4)
+    assert w == pytest.approx(1.0, abs=1e-3)
 
 
 def test_rowwise_adagrad_keeps_one_sum_of_the_mean_squares() -> None:
