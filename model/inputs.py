@@ -292,14 +292,18 @@ def _tokens(
 def _new_events(columns: dict[str, NDArray], users: Sequence[UserEvents]) -> Int64s:
     """The time of each token that was not learned from before, else NO_EVENT; a context token has its user's newest.
 
+    In a user's sequence these are the new interactions and the actions on them: a window has its interactions with all
+    their actions, so what became known of an earlier one meanwhile was learned from with that one.
     An impression that is put as a candidate of its request is new there, and not again in the history of later ones.
     To a request what became known since the one before is new, be it older: that one did not see it.
     """
     owner, kind, time = columns["owner"], columns["kind"], columns["query_time"]
     asked = columns.get("query", np.zeros_like(kind)) > 0
-    since = np.array([u.new_since() for u in users], dtype=np.int64)
-    one_request = np.array([u.new_since_us is not None for u in users], dtype=bool)
-    new = asked | (np.where(one_request[owner], columns["key_time"], time) >= since[owner])
+    new_from = np.array([u.new_from for u in users], dtype=np.int64)[owner]
+    since = np.array([u.new_since() for u in users], dtype=np.int64)[owner]
+    one_request = np.array([u.new_since_us is not None for u in users], dtype=bool)[owner]
+    by_time = one_request | (kind == AUX)  # an auxiliary value stands for no single interaction
+    new = asked | np.where(by_time, columns["key_time"] >= since, columns["source"] >= new_from)
     if (asked & (kind == IMPRESSION)).any():
         new &= asked | (kind != IMPRESSION)
     event = np.where(new, time, NO_EVENT)

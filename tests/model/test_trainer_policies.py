@@ -108,6 +108,23 @@ def test_an_event_counts_once_though_later_windows_see_it_in_their_histories(var
     )
 
 
+def test_an_action_counts_with_its_impression_though_it_became_known_in_the_time_of_a_later_window() -> None:
+    """The join waits for a window's actions, so the window's sequences have had them."""
+    trainer = Trainer(ranker(slots="item"))
+    whole = [user(i, 12, 1) for i in range(10)]
+    for start, stop in ((0, 4), (4, 8), (8, 12)):
+        parts = [split(u, start, stop) for u in whole]
+        trainer.fit(SequenceDataset(table([part for part in parts if part is not None])), continual=True)
+    expected = np.concatenate([u.item_id for u in whole])
+    for u in whole:  # simultaneous actions on an impression are one event
+        expected = np.append(
+            expected, [u.item_id[of] for of, _ in set(zip(u.action_of, u.action_known_at, strict=True))]
+        )
+    rows = trainer.model.tables()["item"].export_all()
+    assert rows.counts is not None
+    assert [rows.keys.tolist(), rows.counts.tolist()] == [c.tolist() for c in np.unique(expected, return_counts=True)]
+
+
 @pytest.mark.parametrize("late", [0, 900], ids=["known at once", "known after the next request"])
 def test_to_a_request_new_is_what_no_example_before_has_seen(late: int) -> None:
     """Each impression counts in the first request with a positive that sees it, in whichever window that is."""
