@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class RequestDataset(SequenceDataset):
     """Row = one request of a user: the interactions before it as context, those of the request as targets.
 
-    Interactions of one user with equal timestamps are one request, since they see the same history. Every new
-    interaction is a target of exactly one row. Raises BadInput when a user's interactions are not ordered by time.
+    Neighbouring interactions of one user with equal timestamps and pages are one request, since they see the same
+    history and a context token of the page. Every new interaction is a target of exactly one row. Raises BadInput when
+    a user's interactions are not ordered by time.
     """
 
     def __init__(self, users: SequenceDataset, reach: int, positive: int | None = None) -> None:
@@ -29,13 +30,14 @@ class RequestDataset(SequenceDataset):
         positive: only the requests with one of these action bits on a new interaction.
         """
         self._users, self._reach = users, reach
-        offsets, time = users.bounds("item_id"), users.column("timestamp")
+        offsets, time, page = users.bounds("item_id"), users.column("timestamp"), users.column("page")
         owner = np.repeat(np.arange(len(users)), np.diff(offsets))
         place = np.arange(len(time)) - offsets[owner]
         same = owner[1:] == owner[:-1]
         if (same & (time[1:] < time[:-1])).any():
             raise BadInput("request examples need interactions in order of time; sort them by (timestamp, request_id)")
-        first = np.r_[True, ~same | (time[1:] != time[:-1]) | (place[1:] == users.new_from[owner[1:]])][: len(time)]
+        other = (time[1:] != time[:-1]) | (page[1:] != page[:-1])
+        first = np.r_[True, ~same | other | (place[1:] == users.new_from[owner[1:]])][: len(time)]
         start = np.flatnonzero(first)
         stop = np.append(start[1:], len(time))[: len(start)]
         new = place[start] >= users.new_from[owner[start]]

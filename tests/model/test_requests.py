@@ -14,7 +14,7 @@ from model.ranker import Ranker, RankerConfig
 from model.requests import RequestDataset
 from model.retriever import Retriever, RetrieverConfig
 from model.trainer import Trainer
-from tests.model.make import catalogue, table, user
+from tests.model.make import SECOND, catalogue, table, user
 
 SMALL = {
     "variant": "production", "dim": 8, "head_dim": 4, "window": 7, "init_scale": 0.3, "batch_tokens": 200,
@@ -81,6 +81,22 @@ def test_the_served_score_is_the_prediction_of_evaluation() -> None:
             got = model.score(events, events.item_id[place : place + 1], moment, page)
             np.testing.assert_allclose(got[0], outputs["probability"][row], atol=1e-6)
             assert outputs["label"][row, 0] == float(events.actions[place] & 1)
+
+
+def test_requests_of_one_moment_on_two_pages_have_each_its_own_page() -> None:
+    """As a log in whole seconds has them; the page's context token stands for one page."""
+    model = Ranker(RankerConfig(**SMALL, heads="click"), catalogue())
+    trainer = Trainer(model)
+    trainer.fit(SequenceDataset(table(users())))
+    events = user(1, 25, 3)
+    events.timestamp[:] = events.known_at[:] = events.timestamp // (1200 * SECOND) * (1200 * SECOND)
+    moments = set(zip(events.timestamp.tolist(), events.page.tolist(), strict=True))
+    assert len(moments) > len(np.unique(events.timestamp))
+    outputs = trainer.predict(SequenceDataset(table([events])))
+    for place, probability in zip(outputs["interaction"], outputs["probability"], strict=True):
+        moment, page = int(events.timestamp[place]), int(events.page[place])
+        got = model.score(events, events.item_id[place : place + 1], moment, page)
+        np.testing.assert_allclose(got[0], probability, atol=1e-6)
 
 
 def test_the_retriever_serves_the_vector_that_it_learned() -> None:
