@@ -77,13 +77,15 @@ def sequences(interactions: list[Row], is_new: Callable[[Row], bool], context: i
     rows = []
     for user in sorted({row["user_id"] for row in interactions}):
         whole = sorted((row for row in interactions if row["user_id"] == user), key=order)
+        by_known = sorted(whole, key=lambda row: (row["known_at"], order(row)))
+        changes = {order(row) for i, row in enumerate(by_known) if i == 0 or row["page"] != by_known[i - 1]["page"]}
         start = 0
         while start < len(whole):
             end = start
             while end < len(whole) and is_new(whole[end]):
                 end += 1
             if end > start:
-                rows.append(_sequence(user, whole, max(0, start - context), start, end))
+                rows.append(_sequence(user, whole, max(0, start - context), start, end, changes))
             start = end + 1
     return rows
 
@@ -160,7 +162,7 @@ def _attach(interaction: Row, action: Row) -> None:
         interaction["watch_s"] = max(interaction["watch_s"], value)
 
 
-def _sequence(user: int, whole: list[Row], begin: int, start: int, end: int) -> Row:
+def _sequence(user: int, whole: list[Row], begin: int, start: int, end: int, changes: set[Key]) -> Row:
     part = whole[begin:end]
     row: Row = {"user_id": user, "new_from": start - begin}
     for name in ("request_id", "item_id", "timestamp", "known_at", "position", "page", "actions", "watch_s"):
@@ -170,8 +172,8 @@ def _sequence(user: int, whole: list[Row], begin: int, start: int, end: int) -> 
     events = sorted((known, i, mask, value) for i, event in enumerate(part) for known, mask, value in event["events"])
     for place, name in enumerate(("action_known_at", "action_of", "action_mask", "action_value")):
         row[name] = [event[place] for event in events]
-    changes = [i for i in range(begin, end) if i == 0 or whole[i]["page"] != whole[i - 1]["page"]]
-    row["aux_slot"] = [0 for _ in changes]
-    row["aux_value"] = [whole[i]["page"] for i in changes]
-    row["aux_known_at"] = [whole[i]["known_at"] for i in changes]
+    changed = [event for event in part if order(event) in changes]
+    row["aux_slot"] = [0 for _ in changed]
+    row["aux_value"] = [event["page"] for event in changed]
+    row["aux_known_at"] = [event["known_at"] for event in changed]
     return row

@@ -2,7 +2,8 @@
 
 Main series: ordered by (timestamp, request_id, position, item_id), a total and stable order.
 Auxiliary series: of each run of equal values, over the user's whole history, only the first is kept; a row that begins
-in the middle of the history carries the entries that lie inside it, so every row is a stretch of one series.
+in the middle of the history carries the entries that lie inside it, so every row is a stretch of one series. A run is
+one in the order in which interactions became known: at any moment the series is what was known of it then.
 
 A row carries one run of new interactions (those with loss, from `new_from` on) after up to N earlier ones as context.
 Almost every user has one run, thus one row. A user with a late impression that belongs among interactions which were
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Observation
 
 ORDER: Final = ("timestamp_us", "request_id", "position", "item_id")
+KNOWN_ORDER: Final = ("known_us", *ORDER)
 
 SEQUENCES: Final = pa.schema(
     [
@@ -125,7 +127,7 @@ def _ranked(interactions: DataFrame, new: Column, slots: tuple[AuxiliarySlot, ..
     from pyspark.sql import Window as W
     from pyspark.sql import functions as F
 
-    order = W.partitionBy("user_id").orderBy(*ORDER)
+    order, known_order = (W.partitionBy("user_id").orderBy(*columns) for columns in (ORDER, KNOWN_ORDER))
     plain = interactions.select(
         "user_id",
         "request_id",
@@ -147,7 +149,10 @@ def _ranked(interactions: DataFrame, new: Column, slots: tuple[AuxiliarySlot, ..
             "rank": F.row_number().over(order).cast("int"),
             "first_of_run": F.col("new") & ~F.coalesce(F.lag("new").over(order), F.lit(False)),
             "last_of_run": F.col("new") & ~F.coalesce(F.lead("new").over(order), F.lit(False)),
-            **{_start_flag(slot): ~F.col(slot.column).eqNullSafe(F.lag(slot.column).over(order)) for slot in slots},
+            **{
+                _start_flag(slot): ~F.col(slot.column).eqNullSafe(F.lag(slot.column).over(known_order))
+                for slot in slots
+            },
         }
     )
 

@@ -99,8 +99,9 @@ def build_events(user_id: int, rows: UserRows, attribution_us: int) -> UserEvent
     watch = np.zeros(len(shown), np.float32)
     watched = acted["mask"] == _MASKS["watch"]
     np.fmax.at(watch, of[watched], acted["value"][watched])
-    page = shown["page"]
-    changed = np.flatnonzero(np.r_[True, page[1:] != page[:-1]][: len(page)])
+    by_known = np.argsort(shown["known_at"], kind="stable")
+    page = shown["page"][by_known]
+    changed = np.sort(by_known[np.r_[True, page[1:] != page[:-1]][: len(page)]])
     columns = {name: np.ascontiguousarray(shown[name]) for name in IMPRESSION_ROW.names or ()}
     return UserEvents(
         user_id=user_id,
@@ -113,7 +114,7 @@ def build_events(user_id: int, rows: UserRows, attribution_us: int) -> UserEvent
         action_mask=np.ascontiguousarray(acted["mask"]),
         action_value=np.ascontiguousarray(acted["value"]),
         aux_slot=np.full(len(changed), PAGE_SLOT, np.int32),
-        aux_value=page[changed],
+        aux_value=shown["page"][changed],
         aux_known_at=shown["known_at"][changed],
     )
 

@@ -256,6 +256,19 @@ def test_a_page_is_an_auxiliary_event_when_it_changes(clock: Clock) -> None:
     assert events.aux_known_at.tolist() == [0, 20, 30]
 
 
+def test_an_impression_that_becomes_known_late_changes_no_earlier_auxiliary_event(clock: Clock) -> None:
+    h = history(clock)
+    prompt = [impression(1, 7, 10, page=3), impression(3, 7, 30, page=4)]
+    load(h, prompt)
+    before = h.snapshot(1)[1]
+    load(h, [impression(2, 7, 20, 500, page=4)])
+    after = h.snapshot(1)[1]
+    assert len(after) == 3
+    for events in (before, after):
+        assert events.aux_value.tolist() == [3, 4]
+        assert events.aux_known_at.tolist() == [10, 30]
+
+
 def test_least_recently_active_users_leave_first(clock: Clock) -> None:
     h = history(clock, users=2)
     for user in (1, 2):
