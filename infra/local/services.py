@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Supervisor:
         """Start `service` unless it runs; BadInput when a stranger holds its port."""
         if self.running(service.name):
             return
+        self.stop(service.name)  # what an earlier one left when it died: it may hold the port
         if service.port and _listening(service.port):
             raise BadInput(
                 f"port {service.port} for {service.name} is taken by another program; stop that, or choose another "
@@ -76,31 +77,28 @@ class Supervisor:
 
     def stop(self, name: str, grace: float = 15.0) -> None:
         """End the process group of `name`: asked first, forced after `grace` seconds."""
-        pid = self._pid(name)
-        if pid is not None:
-            _signal_group(pid, signal.SIGTERM)
+        if (group := self._group(name)) is not None:
+            _signal_group(group, signal.SIGTERM)
             deadline = time.monotonic() + grace
-            while self._pid(name) is not None and time.monotonic() < deadline:
-                _reap(pid)
+            while self._group(name) is not None and time.monotonic() < deadline:
                 time.sleep(0.1)
-            _signal_group(pid, signal.SIGKILL)
-        self._pid_file(name).unlink(missing_ok=True)
+        self.kill(name)
 
     def stop_all(self) -> list[str]:
         """Ask all to end at once, then wait for each; returns their names."""
         names = self.names()
         for name in names:
-            if (pid := self._pid(name)) is not None:
-                _signal_group(pid, signal.SIGTERM)
+            if (group := self._group(name)) is not None:
+                _signal_group(group, signal.SIGTERM)
         for name in names:
             self.stop(name)
         return names
 
     def kill(self, name: str) -> None:
         """End `name` without warning, as a crash would; it is gone, and its port free, when this returns."""
-        if (pid := self._pid(name)) is not None:
-            _signal_group(pid, signal.SIGKILL)
-            while self._pid(name) is not None:
+        if (group := self._group(name)) is not None:
+            _signal_group(group, signal.SIGKILL)
+            while self._group(name) is not None:
                 time.sleep(0.05)
         self._pid_file(name).unlink(missing_ok=True)
 
@@ -115,12 +113,30 @@ class Supervisor:
 
     def _pid(self, name: str) -> int | None:
         """The live process behind the pid file; the start time guards against a recycled pid."""
+        if (recorded := self._recorded(name)) is None:
+            return None
+        pid, started = recorded
+        _reap(pid)
+        return pid if _started(pid) == started else None
+
+    def _group(self, name: str) -> int | None:
+        """The process group of `name` while any process of it lives: the first may have died before the others.
+
+        Those who are left write to the service's log; strangers, who may have got a group of that number, do not.
+        """
+        if (recorded := self._recorded(name)) is None:
+            return None
+        group, _ = recorded
+        live = self.running(name) or any(_writes_to(pid, self.log(name)) for pid in _members(group))
+        return group if live else None
+
+    def _recorded(self, name: str) -> tuple[int, str] | None:
+        """Pid, which is the number of the process group, too, and start time."""
         try:
             pid, started = self._pid_file(name).read_text().split()
         except (FileNotFoundError, ValueError):  # the machine or its disk failed while it was written
             return None
-        _reap(int(pid))
-        return int(pid) if _started(int(pid)) == started else None
+        return int(pid), started
 
 
 def free_port() -> int:
@@ -155,6 +171,22 @@ def _started(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if ended else fields[19]
+
+
+def _members(group: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == group:
+                yield int(folder.name)
+        except ProcessLookupError:
+            continue  # it ended meanwhile
+
+
+def _writes_to(pid: int, log: Path) -> bool:
+    try:
+        return os.path.samefile(f"/proc/{pid}/fd/2", log)
+    except OSError:
+        return False  # it ended, or is another user's, or there is no log
 
 
 def _reap(pid: int) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +94,44 @@ def test_a_stopped_service_is_gone_and_can_start_again(tmp_path: Path) -> None:
         supervisor.wait_ready(service, timeout=120)
         supervisor.stop("listener", grace=1.0)
         assert supervisor.names() == []
+
+
+LEADER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-m", "http.server", "--bind", "127.0.0.1", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("command", ["make down", "make up"])
+def test_what_a_service_that_was_killed_has_left_is_ended_and_its_port_is_free(tmp_path: Path, command: str) -> None:
+    """A web server's first process killed for its memory leaves the worker that listens."""
+    supervisor, port = Supervisor(tmp_path), free_port()
+    service = Service("web", [sys.executable, "-c", LEADER, str(port)], {}, port, f"http://127.0.0.1:{port}/")
+    supervisor.start(service)
+    supervisor.wait_ready(service, timeout=120)
+    os.kill(int((tmp_path / "run" / "web.pid").read_text().split()[0]), signal.SIGKILL)
+    while supervisor.running("web"):
+        time.sleep(0.05)
+    if command == "make down":
+        supervisor.stop_all()
+    supervisor.start(service)  # BadInput if the worker still held the port
+    supervisor.wait_ready(service, timeout=120)
+    supervisor.stop_all()
+
+
+def test_processes_of_a_stranger_in_a_group_of_the_same_number_are_left_alone(tmp_path: Path) -> None:
+    """A daemon's first process has ended, too; after a restart of the machine its group may have any number."""
+    command = [sys.executable, "-c", "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"]
+    daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert daemon.stdout is not None
+    child = int(daemon.stdout.readline())
+    daemon.wait()
+    for folder in ("run", "logs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run" / "web.pid").write_text(f"{daemon.pid} 1")
+    (tmp_path / "logs" / "web.log").touch()
+    try:
+        assert Supervisor(tmp_path).stop_all() == ["web"]
+        assert Path(f"/proc/{child}/cmdline").read_text().startswith("sleep")
+    finally:
+        os.kill(child, signal.SIGKILL)
