@@ -1,7 +1,7 @@
 """Manifests of data sets: what a step wrote, from what, and how much. Publishing one is the step's commit.
 
 Data files live in a folder of their own for each attempt, and the manifest names them, so an attempt that died
-leaves files that nobody reads, and two attempts at the same output never mix.
+leaves files that nobody reads, and two attempts at the same output never mix. The one that succeeds removes the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,16 @@ def publish(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
         if published is None:
             raise
         return published
+    _sweep(storage, folder, manifest)
     return manifest
+
+
+def _sweep(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Delete the data of attempts that died; one that is still at work comes too late to publish anything."""
+    named = {path for paths in manifest.files.values() for path in paths}
+    for path in storage.list(folder):
+        if path.startswith(f"{folder}/attempt-") and path not in named:
+            storage.delete(path)
 
 
 def find(storage: Storage, folder: str) -> Manifest | None:

@@ -52,6 +52,15 @@ def test_the_first_of_two_attempts_stands(storage: Storage) -> None:
     assert manifests.read_part(storage, first, "data").column("value").to_pylist() == [1]
 
 
+def test_what_an_attempt_that_died_has_written_goes_with_the_commit_of_the_next(storage: Storage) -> None:
+    write(storage, 1)
+    storage.write_bytes("things/one/other.txt", b"not of an attempt")
+    storage.write_bytes("things/one-more/attempt-1/part-0.parquet", b"of another data set")
+    second = manifests.publish(storage, "things/one", write(storage, 2))
+    others = ["things/one-more/attempt-1/part-0.parquet", "things/one/manifest.json", "things/one/other.txt"]
+    assert storage.list("things") == sorted([*others, *second.files["data"]])
+
+
 def test_a_truncated_manifest_is_named_with_the_remedy(storage: Storage) -> None:
     manifests.publish(storage, "things/one", write(storage, 1))
     path = "things/one/manifest.json"
