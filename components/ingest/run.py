@@ -9,13 +9,15 @@
 Writes events/impressions and events/actions by UTC hour, items/, and quarantine/ingest/ for rows that cannot be
 read, each with its reason. Above --max-bad-share the ingest fails, and nothing of it enters the event log. File names
 depend on the settings and on the content of the source, so running it again changes nothing, and running it after a
-crash repairs what the crash left. Of items without events (--kind=items) the row that was ingested last wins.
+crash repairs what the crash left. Of items without events (--kind=items) the row that was ingested last wins; a
+catalogue that was ingested before wins again under another file name.
 With --from-time and --until-time (half-open) a log can be replayed slice by slice.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
 from datetime import UTC, datetime
 from types import ModuleType
@@ -29,7 +31,7 @@ from components.errors import AlreadyExists, BadInput
 from components.ingest import files, kuairand, movielens, synthetic
 from components.ingest.batch import Batch
 from components.ingest.config import IngestConfig
-from components.ingest.write import event_files, items_path, last_items_path, write_files
+from components.ingest.write import event_files, items_path, last_items_path, newest_items, write_files
 from components.storage import Storage
 from components.windows import from_us, to_us
 from components.world.config import WorldConfig
@@ -70,6 +72,7 @@ def run(config: IngestConfig) -> IngestResult:
     name = f"{config.source}-{_digest(config)}"
     manifest = f"ingests/{name}.json"
     if storage.exists(manifest):
+        print(_nothing_new(config, storage, name), file=sys.stderr)
         return IngestResult.model_validate_json(storage.read_bytes(manifest))
     batch: Batch = ADAPTERS[config.source].load(config, to_us(now))
     quarantine = _set_aside(storage, name, batch)
@@ -84,6 +87,15 @@ def run(config: IngestConfig) -> IngestResult:
     except AlreadyExists:
         return IngestResult.model_validate_json(storage.read_bytes(manifest))
     return result
+
+
+def _nothing_new(config: IngestConfig, storage: Storage, name: str) -> str:
+    """What an ingest does that was finished before: not what those expect who want an earlier catalogue back."""
+    told = f"{name} has been ingested before; nothing is changed"
+    newest = newest_items(storage.list("items"))
+    if config.source == "files" and config.kind == "items" and newest and not newest.endswith(f"-{name}.parquet"):
+        told += f". Its items give way to those of {newest}; to let them win, ingest the file under another name"
+    return told
 
 
 def _digest(config: IngestConfig) -> str:

@@ -37,6 +37,11 @@ def last_items_path(paths: list[str], now: datetime, name: str) -> str:
     return items_path(max([now, *(moment + timedelta(microseconds=1) for moment in stands)]), name)
 
 
+def newest_items(paths: list[str]) -> str | None:
+    """The items file that wins over all others, beside those that their owner named otherwise."""
+    return max((path for path in paths if _as_of(path)), default=None)
+
+
 def _as_of(path: str) -> datetime | None:
     """The time as of which an items file stands; None of a file that its owner named otherwise."""
     try:

@@ -169,6 +169,21 @@ def test_the_catalogue_that_was_ingested_last_wins(store: Storage, tmp_path: Pat
     assert store.list("items") == files, "a crash before the end of an ingest leaves a file that the next try takes"
 
 
+def test_an_earlier_catalogue_that_is_ingested_again_is_told_to_change_nothing_and_how_it_wins(
+    store: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def give(name: str, author: int) -> str:
+        path = written(tmp_path / name, {"item_id": [7], "author_id": [author]})
+        assert cli(IngestConfig, run, [f"--root={store.root}", "--source=files", "--kind=items", f"--path={path}"]) == 0
+        return capsys.readouterr().err
+
+    assert (give("monday.csv", 10), give("tuesday.csv", 20)) == ("", "")
+    assert re.fullmatch(r"files-\w+ has been ingested before; nothing is changed\n", give("tuesday.csv", 20))
+    assert "to let them win, ingest the file under another name" in give("monday.csv", 10)
+    give("monday-again.csv", 10)
+    assert read_items(store).catalogue.features(np.array([7]))[0, 0] == 10
+
+
 def test_the_catalogue_that_was_ingested_last_wins_though_the_clock_was_set_back(
     store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
