@@ -32,10 +32,14 @@ CHANGES_NO_RESULT = frozenset({"save_every_s"})
 """Fields that say how the work is done, whatever comes of it: in the form, but not in a config hash."""
 
 
+def home() -> Path:
+    """$FRESHET_HOME, or .freshet here: where things are kept on this machine."""
+    return Path(os.environ.get("FRESHET_HOME") or ".freshet").absolute()
+
+
 def default_root() -> str:
     """$FRESHET_ROOT, or the root of `make up`, to which the other defaults belong too: MLflow and the server."""
-    home = Path(os.environ.get("FRESHET_HOME") or ".freshet").absolute()
-    return os.environ.get("FRESHET_ROOT") or f"file://{home}/local/store"
+    return os.environ.get("FRESHET_ROOT") or f"file://{home()}/local/store"
 
 
 def _readable_time(text: str) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from components.config import StepConfig
+from components.config import StepConfig, home
 from components.errors import BadInput
 from components.schemas import action_bit
 
@@ -23,7 +23,7 @@ class ServeConfig(StepConfig):
     journal: str = Field(
         "",
         description="folder of the write-ahead journal, on a local disk, one per server"
-        " (default: inside a file:// root, .freshet/journal for others)",
+        " (default: inside a file:// root, else $FRESHET_HOME/journal, .freshet/journal here)",
     )
     sync_interval_s: float = Field(1.0, gt=0, le=3600, description="seconds between looks for new parameters")
     history_refresh_s: float = Field(
@@ -78,7 +78,7 @@ class ServeConfig(StepConfig):
         if parsed.scheme == "file":
             return Path(parsed.path) / "serving" / "journal" / f"port-{self.port}"
         digest = hashlib.sha256(self.root.encode()).hexdigest()[:12]
-        return Path(".freshet") / "journal" / f"{digest}-port-{self.port}"
+        return home() / "journal" / f"{digest}-port-{self.port}"
 
 
 def parse_weights(text: str) -> dict[str, float]:

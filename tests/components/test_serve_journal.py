@@ -211,6 +211,16 @@ def test_journals_of_servers_that_are_gone_are_shipped_and_those_in_use_left_alo
     assert logged(storage) == [0, 1]
 
 
+@pytest.mark.parametrize("home", ["", "disk/freshet"])
+def test_the_journal_of_a_bucket_is_where_freshet_keeps_things_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FRESHET_HOME", home)
+    folder = ServeConfig(root="s3://bucket/store").journal_folder()
+    assert folder.parent == tmp_path / (home or ".freshet") / "journal"
+
+
 def test_journals_of_another_store_are_left_alone(storage: Storage, tmp_path: Path) -> None:
     other = Storage(f"file://{tmp_path}/other")
     gone = Journal(tmp_path / "0123456789ab-port-1", other, NEVER)
