@@ -179,25 +179,50 @@ def _ship_all(segments: list[Path], storage: Storage) -> None:
 
 
 def read_segment(path: Path) -> Iterator[Rows]:
-    """The whole records of a segment. A torn end was never acknowledged; its bytes go to <name>.torn, if they can.
+    """The whole records of a segment. Bytes that are none go to <name>.torn, if they can.
 
-    A full disk tears records, and must not keep those before them from being shipped, which makes room.
+    At the end they were never acknowledged; a full disk tears records, and must not keep those before them from being
+    shipped, which makes room. Before whole records something has damaged what had been acknowledged.
     """
     data = path.read_bytes()
-    place = 0
-    while place + _HEADER.size <= len(data):
-        length, checksum = _HEADER.unpack_from(data, place)
-        payload = data[place + _HEADER.size : place + _HEADER.size + length]
-        if len(payload) < length or zlib.crc32(payload) != checksum:
-            break
-        yield json.loads(payload)
-        place += _HEADER.size + length
-    if place < len(data):
-        log.warning("%s ends in %d bytes of an unacknowledged record", path.name, len(data) - place)
+    torn, place = b"", 0
+    while place < len(data):
+        if (payload := _record(data, place)) is not None:
+            yield json.loads(payload)
+            place += _HEADER.size + len(payload)
+            continue
+        following = _next_record(data, place + 1)
+        if following < len(data):
+            log.error("%s is damaged: events in %d bytes of it are lost", path.name, following - place)
+        else:
+            log.warning("%s ends in %d bytes of an unacknowledged record", path.name, following - place)
+        torn += data[place:following]
+        place = following
+    if torn:
         try:
-            path.with_suffix(".torn").write_bytes(data[place:])
+            path.with_suffix(".torn").write_bytes(torn)
         except OSError as error:
             log.warning("they cannot be kept beside it: %s", error)
+
+
+def _record(data: bytes, place: int) -> bytes | None:
+    """The payload of the record at `place`, or None where there is no whole one."""
+    header = data[place : place + _HEADER.size]
+    if len(header) < _HEADER.size:
+        return None
+    length, checksum = _HEADER.unpack(header)
+    payload = data[place + _HEADER.size : place + _HEADER.size + length]
+    whole = payload and len(payload) == length and zlib.crc32(payload) == checksum  # zeros would be an empty record
+    return payload if whole else None
+
+
+def _next_record(data: bytes, place: int) -> int:
+    """Where the next whole record begins, at `place` or later, or the end."""
+    while (payload := data.find(b"{", place + _HEADER.size)) >= 0:
+        if _record(data, payload - _HEADER.size) is not None:
+            return payload - _HEADER.size
+        place = payload - _HEADER.size + 1
+    return len(data)
 
 
 def _take(folder: Path, root: str) -> BinaryIO:

@@ -117,6 +117,42 @@ def test_a_torn_record_at_the_end_is_left_out_and_kept_beside(storage: Storage, 
     assert len(list(folder.glob("*.torn"))) == 1
 
 
+def test_zeros_that_a_power_cut_left_at_the_end_are_no_record(storage: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    journal = Journal(folder, storage, NEVER)
+    journal.append({"impressions": [impression(1)]}).result(60)
+    (segment,) = folder.glob("*.wal")
+    journal._lock_file.close()
+    with segment.open("ab") as file:
+        file.write(bytes(4096))
+    Journal(folder, storage, NEVER).close()
+    assert logged(storage) == [1]
+    assert [path.read_bytes() for path in folder.glob("*.torn")] == [bytes(4096)]
+
+
+@pytest.mark.parametrize("at", [1, 5, 20], ids=["length", "checksum", "payload"])
+def test_a_damaged_record_takes_no_other_with_it(
+    storage: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int
+) -> None:
+    folder = tmp_path / "journal"
+    journal = Journal(folder, storage, NEVER)
+    ends = [0]
+    for number in range(5):
+        journal.append({"impressions": [impression(number)], "quarantine": []}).result(60)
+        ends.append(journal.size())
+    (segment,) = folder.glob("*.wal")
+    journal._lock_file.close()
+    data = bytearray(segment.read_bytes())
+    for number in (1, 3):
+        data[ends[number] + at] ^= 0xFF
+    segment.write_bytes(data)
+    Journal(folder, storage, NEVER).close()
+    assert logged(storage) == [0, 2, 4]
+    (torn,) = folder.glob("*.torn")
+    assert torn.read_bytes() == data[ends[1] : ends[2]] + data[ends[3] : ends[4]]
+    assert f"damaged: events in {ends[2] - ends[1]} bytes of it are lost" in caplog.text
+
+
 def test_on_a_full_disk_what_was_acknowledged_is_shipped_all_the_same(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
