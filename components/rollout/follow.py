@@ -52,15 +52,15 @@ def follow(storage: Storage, config: RolloutConfig, result: RolloutResult, actio
     while True:
         if actions:
             actions, trouble = _try_apply(storage, actions, config.tracking_uri)
-        told = _tell(result, trouble, told)
+        told = _tell(result, config.wait_s, trouble, told)
         if not actions and _passed(result, config.until):
             return result
         if result.stage in _FAILED:
             raise RolloutStopped(f"{release} was {result.stage.replace('_', ' ')}: {result.reason}")
         if time.monotonic() > deadline:
             raise trouble or BadInput(
-                f"{release} is still in stage {result.stage} after {config.wait_s:g} s, waiting for "
-                f"{result.waiting_for}; decide with --action=resume, promote or abort"
+                f"{release} is still in stage {result.stage} after {_hours(config.wait_s)}, waiting for "
+                f"{result.waiting_for}; give an order, then wait again"
             )
         time.sleep(config.poll_s)
         result, wanted = decide(log, advance)
@@ -86,11 +86,11 @@ def _try_apply(
     return (), None
 
 
-def _tell(result: RolloutResult, trouble: FreshetError | None, told: str) -> str:
+def _tell(result: RolloutResult, wait_s: float, trouble: FreshetError | None, told: str) -> str:
     """Say where the rollout stands, if that is news."""
     line = f"{result.stage}, challenger's share {result.share} of 10000: {result.reason}"
     if result.stage == "paused":
-        line = f"PAUSED, waiting for {result.waiting_for}. Why: {result.reason}"
+        line = f"PAUSED, waiting {_hours(wait_s)} at most for {result.waiting_for}. Why: {result.reason}"
     elif result.waiting_for:
         line += f" -- waiting for: {result.waiting_for}"
     if trouble:
@@ -98,3 +98,7 @@ def _tell(result: RolloutResult, trouble: FreshetError | None, told: str) -> str
     if line != told:
         print(line, file=sys.stderr, flush=True)
     return line
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h (--wait-s)"

@@ -370,9 +370,10 @@ def test_waiting_for_a_paused_rollout_says_so_and_gives_up_in_time(
     publish(storage, 4)
     go(storage, "start", ranker=4, retriever=4, gate_limits="ranker.unknown>=1")
     with pytest.raises(BadInput, match="still in stage paused"):
-        go(storage, until="gate", poll_s=0.01, wait_s=0.05)
+        go(storage, until="gate", poll_s=0.01, wait_s=0.36)
     told = capsys.readouterr().err
-    assert told.count("PAUSED") == 1 and "ranker.unknown" in told and "--action=resume" in told
+    assert told.count("PAUSED, waiting 0.0001 h (--wait-s) at most for a person's decision: --action=resume") == 1
+    assert "ranker.unknown" in told
 
 
 def test_the_command_line_runs_a_step_and_refuses_wrong_settings(
