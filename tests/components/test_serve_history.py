@@ -248,6 +248,16 @@ def test_an_action_that_comes_before_its_impression_counts_once_both_are_known(c
     assert h.snapshot(1)[1].action_known_at.tolist() == [600]
 
 
+def test_of_too_many_actions_that_wait_for_their_impression_those_stay_that_came_last(clock: Clock) -> None:
+    h = history(clock, interactions=4)
+    late = [action(request, 7, 100 + request, received_at=500 - request) for request in range(8 * 4 + 1)]
+    load(h, [], late)
+    load(h, [impression(request, 7, 100) for request in range(len(late))])
+    clock.now = 2000
+    acted = h.snapshot(1)[1]
+    assert sorted(acted.request_id[acted.action_of].tolist()) == [0, 1, 2, 3], "the four that were received last"
+
+
 def test_a_page_is_an_auxiliary_event_when_it_changes(clock: Clock) -> None:
     h = history(clock)
     load(h, [impression(i, 7, i * 10, page=page) for i, page in enumerate([3, 3, 4, 3])])
