@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.errors import AlreadyExists, BadInput
+from components.errors import AlreadyExists, BadInput, FreshetError
 
 
 class Backend(Protocol):
@@ -104,6 +104,7 @@ class S3:
 
         self.bucket, self.prefix = bucket, prefix
         self.client = boto3.client("s3")
+        self._refuses = False  # whether the store was seen to refuse a second create
 
     def read(self, path: str, span: str = "") -> bytes:
         """The object, or the bytes of it that `span` names, as the header Range does."""
@@ -131,23 +132,41 @@ class S3:
         """Equal bytes under the name are this caller's own: boto3 repeats a PUT whose answer was lost, and the store
         refuses the repeat. Whoever must tell writers apart gives each other bytes, as manifests do.
         """
+        for pause in (0, *_PAUSES):
+            time.sleep(pause)
+            if self._put_if_absent(path, data):
+                self._prove_refusal(path, data)
+                return
+            found = self._read_if_there(path)
+            if found == data:
+                return
+            if found is not None:
+                raise AlreadyExists(path)
+        raise FreshetError(
+            f"s3://{self.bucket}/{self._key(path)}: of several writers at once none wins; run this again"
+        )
+
+    def _put_if_absent(self, path: str, data: bytes) -> bool:
+        """False if the store refuses: the name is taken, or others write to it at this moment and none has won."""
         from botocore.exceptions import ClientError
 
-        for pause in (*_PAUSES, None):
-            try:
-                self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
-                return
-            except ClientError as error:
-                if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict"):
-                    raise
-                found = self._read_if_there(path)
-                if found == data:
-                    return
-                if found is not None:
-                    raise AlreadyExists(path) from None
-                if pause is None:
-                    raise
-                time.sleep(pause)  # another writer was at it at the same moment, and nobody won: try again
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise
+            return False
+        return True
+
+    def _prove_refusal(self, path: str, data: bytes) -> None:
+        """After the first create, create the same again: some S3-compatible stores do it, whatever is there."""
+        if not self._refuses and self._put_if_absent(path, data):
+            self.delete(path)
+            raise BadInput(
+                f"the store of s3://{self.bucket} ignores If-None-Match: of two writers both would win, and events be "
+                "trained on twice; use a store, or a version of it, that has conditional writes"
+            )
+        self._refuses = True
 
     def _read_if_there(self, path: str) -> bytes | None:
         try:

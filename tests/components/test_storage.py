@@ -89,6 +89,30 @@ def test_a_conflict_that_another_writer_has_won_is_lost_at_once(s3_root: str) ->
     assert answers == [409]
 
 
+def test_a_store_that_lets_a_second_writer_win_is_refused_and_keeps_nothing(s3_root: str) -> None:
+    """As S3-compatible stores do that do not know the header: both writers would own the manifest."""
+
+    def ignore(params: dict[str, Any], **_: object) -> None:
+        params["headers"].pop("If-None-Match", None)
+
+    for _ in range(2):
+        store = Storage(s3_root)
+        assert isinstance(store.backend, S3)
+        store.backend.client.meta.events.register("before-call.s3.PutObject", ignore)
+        with pytest.raises(BadInput, match=r"ignores If-None-Match.* use a store"):
+            store.create("manifest.json", b"mine")
+        assert store.list("") == []
+
+
+def test_whether_a_store_refuses_is_looked_at_once(s3_root: str) -> None:
+    store, sent = Storage(s3_root), list[str]()
+    assert isinstance(store.backend, S3)
+    store.backend.client.meta.events.register("before-send.s3.*", lambda request, **_: sent.append(request.method))
+    for path in ("a", "b", "c"):
+        store.create(path, b"1")
+    assert sent == ["PUT"] * 4
+
+
 @pytest.mark.parametrize("error", [ResponseStreamingError(error="reset"), ReadTimeoutError(endpoint_url="http://s3")])
 @pytest.mark.parametrize("breaks", [2, 9])
 def test_an_answer_that_breaks_off_is_asked_for_again_and_given_up_at_last(
