@@ -22,6 +22,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from types import ModuleType
 
+import numpy as np
 from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.progress import Progress
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from components.errors import AlreadyExists, BadInput
 from components.ingest import files, kuairand, movielens, synthetic
-from components.ingest.batch import Batch
+from components.ingest.batch import Batch, times_of
 from components.ingest.config import IngestConfig
 from components.ingest.write import event_files, items_path, last_items_path, newest_items, write_files
 from components.storage import Storage
@@ -81,6 +82,12 @@ def run(config: IngestConfig) -> IngestResult:
         record_world(storage, config.world())
         config.with_end_of_world(recorded_world(storage), now)  # refuses the world of another ingest that was faster
     written = _write(storage, name, batch, now)
+    if late := _of_joined_windows(storage, batch):
+        print(
+            f"warning: {late} events are of windows that are joined already; what the next join takes of them depends "
+            "on its --max-lateness-s, see python -m components.join --help",
+            file=sys.stderr,
+        )
     result = _result(config, name, batch, quarantine, written)
     try:
         storage.create(manifest, result.model_dump_json(indent=1).encode())
@@ -167,6 +174,14 @@ def _items_file(storage: Storage, name: str, batch: Batch, now: datetime) -> str
     paths = storage.list("items")
     begun = [path for path in paths if path.endswith(f"-{name}.parquet")]
     return begun[0] if begun else last_items_path(paths, now, name)  # what a crash left has its name already
+
+
+def _of_joined_windows(storage: Storage, batch: Batch) -> int:
+    """How many of the events come too late for the join of their own window."""
+    from components.join.run import published  # with scipy, which takes a second to load
+
+    times = np.sort(np.concatenate([times_of(batch.impressions), times_of(batch.actions)]))
+    return sum(int(np.diff(np.searchsorted(times, [w.start_us, w.end_us]))[0]) for w in published(storage))
 
 
 def _result(config: IngestConfig, name: str, batch: Batch, quarantine: str | None, written: int) -> IngestResult:

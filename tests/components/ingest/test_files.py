@@ -21,6 +21,7 @@ from components.schemas import ITEMS, hash_id
 from components.sequence_data import read_items
 from components.storage import Storage
 from tests.components.ingest.cases import LOG, MAPPING, events, ingest, written
+from tests.spark_jobs.log import HOURS, publish_interactions
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
@@ -142,6 +143,20 @@ def test_a_mapped_column_that_is_nowhere_is_refused_or_all_would_be_negatives(st
     assert store.list("events") == []
     found = ingest(store, source="files", path=str(folder), kind="impressions", columns="click=clicked")
     assert (found.impressions, found.actions) == (2, {"click": 1}), "a file in which nobody clicked may lack the field"
+
+
+def test_events_of_windows_that_are_joined_already_are_counted(
+    store: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They came too late for it: without a word they would be in the log, and in no training."""
+    publish_interactions(store, HOURS[1], [])
+    at_ten, hour = HOURS[0].start_us // 10**6, 3600
+    times = [at_ten, at_ten + hour - 1, at_ten + hour, at_ten + 2 * hour - 1, at_ten + 2 * hour]
+    for name, some in (("before", times[:2]), ("late", times)):
+        path = written(tmp_path / f"{name}.csv", {"user_id": 1, "item_id": 7, "timestamp": some})
+        ingest(store, source="files", path=str(path), kind="impressions")
+        told = capsys.readouterr().err
+        assert (told == "") if name == "before" else told.startswith("warning: 2 events are of windows that are joined")
 
 
 def test_feedback_rows_are_an_impression_and_its_action(store: Storage, tmp_path: Path) -> None:
