@@ -28,7 +28,8 @@ class JoinConfig(StepConfig):
         7 * 86400,
         ge=0,
         le=365 * 86400,
-        description="how long before the lateness bound earlier joins are remembered and late files found (seconds)",
+        description="how long before the lateness bound earlier joins are remembered and late files found (seconds); "
+        "what comes even later stays in the log, unread, until a join for which this is raised",
     )
     max_quarantine_share: float = Field(
         0.2, ge=0, le=1, description="the join fails with a report when a larger share of its events is quarantined"

@@ -6,7 +6,9 @@ Writes  interactions/turns/ (the order of the joins), interactions/window=<windo
 
 Every event ends in one place: an interaction, the quarantine (with a reason), or pending until a later window.
 Impressions that arrive after their own window was joined are emitted by the next window, marked late, if they are not
-later than --max-lateness-s. A finished window is never joined again: the published result is returned.
+later than --max-lateness-s, else quarantined. What is later than that by more than --memory-s is not looked for: it
+stays in the log until a join that has a larger one; the server's freshet_event_delay_seconds tells how late they come.
+A finished window is never joined again: the published result is returned.
 Join windows in the order of time, once their actions had --attribution-window-s to arrive; before that, a window is
 refused without --early. Of two joins at once the second to finish is refused, and may be run again.
 

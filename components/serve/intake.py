@@ -35,7 +35,7 @@ class Intake:
         if impressions or actions or quarantine:
             rows = {"impressions": impressions, "actions": actions, "quarantine": quarantine}
             await asyncio.wrap_future(self._write(rows, journal))
-        self._count(len(impressions), len(actions), rejected, unmatched)
+        self._count(now, impressions, actions, rejected, unmatched)
         return EventsRecorded(accepted=len(impressions) + len(actions), rejected=rejected, unmatched_actions=unmatched)
 
     def _good(
@@ -91,8 +91,18 @@ class Intake:
         written.add_done_callback(known)  # even if the client hangs up: what is on disk is known
         return written
 
-    def _count(self, impressions: int, actions: int, rejected: list[Rejection], unmatched: int) -> None:
-        for kind, number in (("impression", impressions), ("action", actions)):
-            self.metrics.events.labels(kind, "accepted").inc(number)
+    def _count(
+        self,
+        now: int,
+        impressions: list[dict[str, Any]],
+        actions: list[dict[str, Any]],
+        rejected: list[Rejection],
+        unmatched: int,
+    ) -> None:
+        for kind, rows in (("impression", impressions), ("action", actions)):
+            self.metrics.events.labels(kind, "accepted").inc(len(rows))
             self.metrics.events.labels(kind, "rejected").inc(sum(r.kind == kind for r in rejected))
+            delay = self.metrics.delay.labels(kind)
+            for row in rows:
+                delay.observe((now - row["timestamp"]) / 1e6)
         self.metrics.unmatched.inc(unmatched)

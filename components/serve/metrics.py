@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+_SLOW = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 7 * 86400)
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
 
 
@@ -45,6 +46,13 @@ class Metrics:
         )
         self.resyncs = Counter("freshet_resyncs_total", "Full reloads after a damaged log", ["model"], registry=r)
         self.events = Counter("freshet_events_total", "Events received", ["kind", "outcome"], registry=r)
+        self.delay = Histogram(
+            "freshet_event_delay_seconds",
+            "From an event to its arrival; join's max_lateness_s and memory_s are bounds on it",
+            ["kind"],
+            buckets=_SLOW,
+            registry=r,
+        )
         self.unmatched = Counter(
             "freshet_unmatched_actions_total", "Actions whose impression is not known (yet)", registry=r
         )

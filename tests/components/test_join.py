@@ -109,6 +109,19 @@ def _late_events_go_to_the_next_window(storage: Storage) -> None:
     assert (result.counts["late"], result.counts["attributed"], result.counts["quarantined_too_late"]) == (1, 2, 1)
 
 
+def test_what_comes_later_than_any_join_looks_back_is_quarantined_by_one_that_looks_further(storage: Storage) -> None:
+    """With the limits of a week and more that joins have, reading all that was ever logged would be the price."""
+    write(storage, "impressions", [impression(1, 5, 10), impression(2, 5, 130), impression(3, 5, 190)])
+    join(storage, HOURS[0])
+    write(storage, "impressions", [impression(4, 5, 20, delay=120)])
+    write(storage, "actions", [action(4, 5, 21, delay=120)])
+    join(storage, HOURS[2], memory_s=0)
+    assert quarantined(storage, HOURS[2]) == []
+    join(storage, HOURS[3], memory_s=86_400)
+    reasons = sorted((row["kind"], row["reason"]) for row in quarantined(storage, HOURS[3]))
+    assert reasons == [("action", "no_impression"), ("impression", "too_late")]
+
+
 def test_an_action_that_waited_is_judged_by_a_next_join_that_allows_less_lateness(storage: Storage) -> None:
     three, next_one = Window(TEN, HOURS[2].end), HOURS[3]
     write(storage, "impressions", [impression(1, 5, 10), impression(2, 5, 190)])

@@ -130,6 +130,17 @@ def test_metrics_tell_what_is_served(live: Live) -> None:
         assert sample in text
 
 
+def test_metrics_tell_how_late_events_come(live: Live) -> None:
+    """Later than a join allows, they reach no training; later than it looks back, not even the quarantine."""
+    buckets = ('{kind="impression",le="86400.0"}', '{kind="impression",le="604800.0"}', '{kind="impression",le="+Inf"}')
+    before = [live.metric(f"freshet_event_delay_seconds_bucket{bucket}") for bucket in buckets]
+    now, day = now_us(), 86_400_000_000
+    rows = [{"request_id": n, "user_id": 77, "item_id": 1001, "timestamp_us": now - n * day} for n in (2, 8, 9)]
+    live.events(impressions=rows)
+    after = [live.metric(f"freshet_event_delay_seconds_bucket{bucket}") for bucket in buckets]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0, 1, 3]
+
+
 def test_status_tells_what_is_served(live: Live) -> None:
     status = live.status()
     assert status["ready"] and status["stage"] == "promoted" and status["items"] == len(ITEM_IDS)
