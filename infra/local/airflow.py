@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -34,16 +35,23 @@ class Airflow:
         token = self._checked(self.http.get("/auth/token"))["access_token"]
         self.http.headers["Authorization"] = f"Bearer {token}"
 
-    def wait_for_dags(self, dag_ids: set[str], timeout: float, tick: Callable[[], None]) -> None:
-        """Wait until the DAG processor has found all `dag_ids`; shows import errors instead of waiting on them."""
+    def wait_for_dags(self, dag_ids: set[str], since: datetime, timeout: float) -> None:
+        """Wait until the DAG processor has read all `dag_ids` since then; FreshetError shows what does not load.
+
+        What its database holds from before says nothing of the files as they are now: neither a DAG nor an error.
+        """
         deadline = time.monotonic() + timeout
-        while missing := dag_ids - {dag["dag_id"] for dag in self.get("/dags", limit=100)["dags"]}:
-            if errors := self.get("/importErrors")["import_errors"]:
-                raise FreshetError(f"a DAG file does not load: {errors[0]['stack_trace']}")
+        while missing := dag_ids - self._read_since(since):
+            for error in self.get("/importErrors")["import_errors"]:
+                if datetime.fromisoformat(error["timestamp"]) >= since:
+                    raise FreshetError(f"a DAG file does not load: {error['stack_trace']}")
             if time.monotonic() > deadline:
-                raise FreshetError(f"Airflow has not found {', '.join(sorted(missing))} after {timeout:.0f} s")
-            tick()
+                raise FreshetError(f"Airflow has not read {', '.join(sorted(missing))} in {timeout:.0f} s")
             time.sleep(1)
+
+    def _read_since(self, since: datetime) -> set[str]:
+        dags = self.get("/dags", limit=100)["dags"]
+        return {dag["dag_id"] for dag in dags if datetime.fromisoformat(dag["last_parsed_time"]) >= since}
 
     def ensure_pool(self, name: str, slots: int) -> None:
         """Create a pool if absent; deferred tasks keep their slot, so that a GPU is never promised twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ GPU_POOL_SLOTS = 2  # on a laptop the pool stands for cores: ranker and retrieve
 
 def start(stack: Stack, console: Console) -> Airflow:
     """Start every service, wait until all answer and the DAGs are read; the client of the running Airflow."""
-    supervisor = Supervisor(stack.home)
+    supervisor, began = Supervisor(stack.home), datetime.now(UTC)
     with console.status("preparing folders and Airflow's database") as status:
         stack.prepare()
         *others, scheduler = stack.services()
@@ -31,7 +32,7 @@ def start(stack: Stack, console: Console) -> Airflow:
         airflow.login()
         airflow.ensure_pool("gpu", GPU_POOL_SLOTS)
         status.update("Airflow reads the DAGs")
-        airflow.wait_for_dags(DAGS, timeout=120, tick=lambda: None)
+        airflow.wait_for_dags(DAGS, since=began, timeout=120)
     return airflow
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from rich.console import Console
 
+from components.errors import FreshetError
 from infra.local import up
 from infra.local.airflow import Airflow
 from infra.local.services import Service, Supervisor
 from infra.local.stack import Stack
+
+
+def dags(names: Iterable[str], read_at: datetime) -> list[dict[str, str]]:
+    return [{"dag_id": name, "last_parsed_time": read_at.isoformat()} for name in names]
 
 
 @pytest.fixture
@@ -21,7 +29,7 @@ def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def answer(request: httpx.Request) -> httpx.Response:
         happened.append(f"{request.method} {request.url.path}")
-        return httpx.Response(200, json={"access_token": "t", "dags": [{"dag_id": name} for name in up.DAGS]})
+        return httpx.Response(200, json={"access_token": "t", "dags": dags(up.DAGS, datetime.now(UTC))})
 
     def connect(airflow: Airflow, url: str) -> None:
         airflow.url, airflow.http = url, httpx.Client(base_url=url, transport=httpx.MockTransport(answer))
@@ -48,3 +56,36 @@ def test_the_scheduler_starts_when_what_its_tasks_need_answers(events: list[str]
     """Runs that were open at `make down` go on at once; a task without Airflow's API server would fail."""
     begin = events.index("start airflow-scheduler")
     assert {"airflow answers", "mlflow answers", "spark answers", "serve answers"} <= set(events[:begin])
+
+
+NOW = datetime(2026, 3, 1, 10, tzinfo=UTC)
+BEFORE, AFTER = NOW - timedelta(hours=1), NOW + timedelta(seconds=3)
+
+
+def wait_for_dags(monkeypatch: pytest.MonkeyPatch, answers: list[tuple[list[Any], list[Any]]]) -> None:
+    """Wait, from NOW on, for the DAGs pretrain and rollout; answers: DAGs and import errors at each look."""
+    looks = [{"dags": found, "import_errors": errors} for found, errors in answers for _ in ("dags", "importErrors")]
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=looks.pop(0))
+
+    airflow = Airflow("http://airflow")
+    airflow.http = httpx.Client(base_url=airflow.url, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr("infra.local.airflow.time.sleep", lambda _: None)
+    airflow.wait_for_dags({"pretrain", "rollout"}, since=NOW, timeout=60)
+
+
+def test_a_dag_that_airflow_knows_from_before_is_waited_for_until_its_file_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was broken while Airflow was down: its database has the old one."""
+    broken = {"timestamp": AFTER.isoformat(), "stack_trace": "SyntaxError in rollout.py"}
+    known = dags(["pretrain", "rollout"], BEFORE)
+    with pytest.raises(FreshetError, match=r"does not load: SyntaxError in rollout\.py"):
+        wait_for_dags(monkeypatch, [(known, []), (dags(["pretrain"], AFTER), [broken])])
+
+
+def test_an_import_error_from_before_is_not_shown_for_a_file_that_was_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {"timestamp": BEFORE.isoformat(), "stack_trace": "SyntaxError in rollout.py"}
+    one, both = (dags(names, AFTER) for names in (["pretrain"], ["pretrain", "rollout"]))
+    wait_for_dags(monkeypatch, [(one, [old]), (both, [])])
