@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from components.config import default_root
-from spark_jobs.session import java_home, settings
+from spark_jobs.session import java_environment, settings
 
 MAIN_CLASS = "org.apache.spark.sql.connect.service.SparkConnectServer"
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--root", default=default_root(), help="storage root, for its S3 settings")
     arguments = parser.parse_args()
     line = command(arguments.host, arguments.port, arguments.master, arguments.memory, arguments.root)
-    environment = os.environ | {"JAVA_HOME": str(java_home()), "SPARK_HOME": str(Path(line[0]).parent.parent)}
+    environment = os.environ | java_environment() | {"SPARK_HOME": str(Path(line[0]).parent.parent)}
     print(f"Spark Connect server on sc://{arguments.host}:{arguments.port}, ready in a few seconds", flush=True)
     os.execve(line[0], line, environment)  # the JVM takes over this process, so one signal ends it
 

@@ -11,6 +11,7 @@ The jobs use the DataFrame API only, so they run the same on all of them.
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -51,14 +52,14 @@ def default() -> str:
 def session(where: str = "", root: str = "") -> SparkSession:
     """A session on `where` (see the module text; empty = `default()`) that can read and write the storage `root`.
 
-    BadInput when no JDK 17+ is found; FreshetError when no Spark Connect server answers: it may be starting again.
+    BadInput as of `java_environment`; FreshetError when no Spark Connect server answers: it may be starting again.
     """
     where = where or default()
     if where.startswith("sc://"):
         return _connect(where)
     from pyspark.sql import SparkSession
 
-    os.environ["JAVA_HOME"] = str(java_home())
+    os.environ |= java_environment()
     builder = SparkSession.builder.appName("freshet")
     for key, value in settings(where, root).items():
         builder = builder.config(key, value)
@@ -116,6 +117,18 @@ def tune(spark: SparkSession, rows: int) -> None:
     spark.conf.set("spark.sql.shuffle.partitions", str(max(1, -(-rows // ROWS_PER_TASK))))
     spark.conf.set("spark.sql.adaptive.enabled", str(not small).lower())
     spark.conf.set("spark.sql.codegen.wholeStage", str(not small).lower())
+
+
+def java_environment() -> dict[str, str]:
+    """What a JVM must find: its home, and a locale in which it can name all files. BadInput: no JDK 17+, no user."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        raise BadInput(
+            f"Java needs a name of the user, and /etc/passwd has none for {os.getuid()}; run as a user that it has "
+            "(in the image: 1000)"
+        ) from None
+    return {"JAVA_HOME": str(java_home()), "LC_ALL": "C.UTF-8"}
 
 
 def java_home() -> Path:

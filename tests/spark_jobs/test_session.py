@@ -46,6 +46,13 @@ def test_without_a_new_enough_java_the_error_says_what_to_install(
         session.java_home()
 
 
+def test_a_user_without_a_name_is_told_that_java_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster may run a container as any number; Spark would end with an error of its package manager."""
+    monkeypatch.setattr(session.os, "getuid", lambda: 4_000_000_000)
+    with pytest.raises(BadInput, match=r"/etc/passwd has none for 4000000000; run as a user that it has"):
+        session.session("local[1]")
+
+
 def test_a_connect_server_that_does_not_answer_is_named_with_the_command_that_starts_one() -> None:
     with pytest.raises(FreshetError, match=r"sc://127\.0\.0\.1:9 .*start one with python -m spark_jobs\.server") as e:
         session.session("sc://127.0.0.1:9")
@@ -73,7 +80,8 @@ def _free_port() -> int:
 
 @pytest.mark.integration
 def test_the_steps_run_on_a_connect_server_that_ends_at_one_sigterm(tmp_path: Path) -> None:
-    storage = Storage(f"file://{tmp_path}/store")
+    """In the locale C, too, in which Java cannot name a folder that has an umlaut."""
+    storage = Storage(f"file://{tmp_path}/Über uns")
     write(storage, "impressions", [impression(1, 5, 10), impression(1, 6, 10)])
     write(storage, "actions", [action(1, 5, 11), action(1, 5, 12, "watch", value=3.0)])
     port = _free_port()
@@ -81,6 +89,7 @@ def test_the_steps_run_on_a_connect_server_that_ends_at_one_sigterm(tmp_path: Pa
         "FRESHET_ROOT": storage.root,
         "FRESHET_SPARK": f"sc://127.0.0.1:{port}",
         "PYTHONPATH": str(REPO),
+        "LC_ALL": "C",
     }
     command = [sys.executable, "-m", "spark_jobs.server", f"--port={port}", "--memory=512m"]
     server = subprocess.Popen(
@@ -97,7 +106,7 @@ def test_the_steps_run_on_a_connect_server_that_ends_at_one_sigterm(tmp_path: Pa
         if server.poll() is None:
             server.kill()
     assert len(storage.list("sequences")) == 2, "one file of rows and the manifest"
-    assert {path.name for path in tmp_path.iterdir()} <= {"store"}, "nothing is left in the working folder"
+    assert {path.name for path in tmp_path.iterdir()} <= {"Über uns"}, "nothing is left in the working folder"
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
