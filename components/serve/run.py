@@ -23,7 +23,7 @@ import sys
 
 from pydantic import BaseModel, Field
 
-from components.errors import BadInput
+from components.errors import BadInput, FreshetError
 from components.serve.config import ServeConfig
 
 GRACE_S = 5
@@ -40,7 +40,10 @@ class ServeResult(BaseModel):
 
 
 def run(config: ServeConfig) -> ServeResult:
-    """Serve until SIGINT or SIGTERM. BadInput: the address or the journal cannot be had."""
+    """Serve until SIGINT or SIGTERM. BadInput: the address or the journal cannot be had.
+
+    FreshetError: at the end there are events that could not be written to the event log; a next start does it.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     import torch
     import uvicorn
@@ -60,6 +63,11 @@ def run(config: ServeConfig) -> ServeResult:
         )
         log.info("listening on %s (API page: %s/docs)", address, address)
         uvicorn.Server(settings).run(sockets=[listener])
+    if waiting := server.journal.size():
+        raise FreshetError(
+            f"{waiting} bytes of events are not in the event log: it could not be written. They are safe in "
+            f"{server.journal.folder}; start the server again when {config.root} can be written"
+        )
     return ServeResult(address=address, requests=server.metrics.answered(), events=server.metrics.recorded())
 
 

@@ -68,6 +68,21 @@ def test_a_killed_server_comes_back_with_the_same_parameters_and_histories(toy_r
 
 
 @pytest.mark.integration
+def test_a_server_that_cannot_write_its_last_events_says_where_they_are(toy_root: Path) -> None:
+    port, log = free_port(), toy_root / "events"
+    with serving(toy_root, port, "--flush-interval-s=3600") as server:
+        answer(server.client.post("/v1/events", json=clicks(USER, items_of(3)[:5], request_id=1)))
+        log.touch()  # no folder can have this name now
+        assert server.terminate() == 1
+    told = server.log.read_text().splitlines()[-1]
+    assert told.startswith("error: ") and f"They are safe in {toy_root}/serving/journal/port-{port}; start" in told
+    log.unlink()
+    with serving(toy_root, port) as server:
+        assert server.terminate() == 0
+    assert len(read_log(Storage(f"file://{toy_root}"), "events/impressions")) == 5
+
+
+@pytest.mark.integration
 def test_a_client_that_never_ends_its_request_does_not_keep_events_from_the_log(toy_root: Path) -> None:
     """Kubernetes kills a server 30 seconds after it asked, `make down` after 15, Docker after 10."""
     port = free_port()
