@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.errors import BadInput
@@ -51,16 +52,17 @@ class TokenEmbedding(nn.Module):
         has_item = (kind == IMPRESSION) | (kind == ACTION)
         asks = (kind == IMPRESSION) | (kind == REQUEST)
         acted = (kind == ACTION).nonzero().squeeze(1)
-        x = self.kind[kind]
+        x = F.embedding(kind, self.kind)  # unlike self.kind[kind], whose gradient's order of sums threads race for
         where = {"page": (kind != ACTION) & (kind != CONTEXT), "user": asks}
         for name, table in self.tables.items():
             rows = where.get(name, has_item).nonzero().squeeze(1)
             x = x.index_add(0, rows, look_up(table, getattr(tokens, name)[rows], tokens.event_us[rows]))
         bits = (tokens.action[acted, None] >> torch.arange(len(ACTIONS))) & 1
-        x = x.index_add(0, acted, bits.to(x.dtype) @ self.action + self.value[tokens.value[acted]])
+        values = F.embedding(tokens.value[acted], self.value)
+        x = x.index_add(0, acted, bits.to(x.dtype) @ self.action + values)
         if self.hour is not None:
             rows = asks.nonzero().squeeze(1)
-            x = x.index_add(0, rows, self.hour[(tokens.query_time[rows] // 3600) % 24])
+            x = x.index_add(0, rows, F.embedding((tokens.query_time[rows] // 3600) % 24, self.hour))
         if self.context:
             places = (kind == CONTEXT).nonzero().view(-1, len(self.context))  # (B, slots): the first rows of each user
             for rows, (name, table) in zip(places.T, self.context.items(), strict=True):
