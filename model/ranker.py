@@ -164,7 +164,6 @@ class Ranker(SequenceModel):
         outputs = self.outputs(history, candidates, request_time_us, page)
         return torch.expm1(outputs[:, len(self.head_names)]).clamp(min=0).numpy()
 
-    @torch.no_grad()
     def outputs(
         self,
         history: UserEvents,
@@ -174,20 +173,18 @@ class Ranker(SequenceModel):
         cache: ScoreCache | None = None,
     ) -> Tensor:
         """(C, heads + regressions): `forward` at candidates of one request."""
-        self.eval()
         query = Queries.candidates(_candidate_ids(candidates), request_time_us, page)
         tokens = self.build([history], [query], cut=True)
-        return self._with_biases(score_tokens(self, tokens, cache), tokens)
+        with self.inference():
+            return self._with_biases(score_tokens(self, tokens, cache), tokens)
 
-    @torch.no_grad()
     def score_plain(
         self, history: UserEvents, candidates: Int64s, request_time_us: int, page: int = 0
     ) -> NDArray[np.float32]:
         """What `score` must give, by forwards over history and candidates together: the reference, slow."""
-        ids = _candidate_ids(candidates)
-        self.eval()
-        parts = self._plain_blocks(history, ids, request_time_us, page)
-        return np.concatenate(list(parts))[:, : len(self.head_names)]
+        with self.inference():
+            parts = list(self._plain_blocks(history, _candidate_ids(candidates), request_time_us, page))
+        return np.concatenate(parts)[:, : len(self.head_names)]
 
     def _plain_blocks(
         self, history: UserEvents, ids: Int64s, request_time_us: int, page: int

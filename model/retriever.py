@@ -126,15 +126,14 @@ class Retriever(SequenceModel):
             self.config.temperature,
         )
 
-    @torch.no_grad()
     def user_vector(self, history: UserEvents, request_time_us: int, page: int = 0) -> Tensor:
         """float32 [dim] of length one, from what is known before request_time_us."""
-        self.eval()
         query = Queries.requests(np.array([request_time_us]), np.array([page]))
         tokens = self.build([history], [query], cut=True)
-        return self(tokens)[0]
+        with self.inference():
+            vector: Tensor = self(tokens)[0]
+        return vector
 
-    @torch.no_grad()
     def retrieve(
         self,
         history: UserEvents,
@@ -156,8 +155,8 @@ class Retriever(SequenceModel):
             ids = np.setdiff1d(ids, int64_ids(exclude, "excluded items"), assume_unique=False)
         if not len(ids):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-        vector = self.user_vector(history, request_time_us, page)
-        scores = (self.item_vectors(ids) @ vector).numpy()
+        with self.inference():
+            scores = (self.item_vectors(ids) @ self.user_vector(history, request_time_us, page)).numpy()
         best = np.argsort(-scores, kind="stable")[:k]
         return ids[best], scores[best]
 

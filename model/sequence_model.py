@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from model.requests import RequestDataset
 from model.settings import ModelConfig
 from model.table import EmbeddingTable
 
+_MODES = Lock()
+"""Held while a model changes between training and inference."""
+
 
 class SequenceModel(nn.Module, ABC):
     """HSTU over a user's tokens. Dense weights are ordinary parameters; rows of ids live in `tables()`.
@@ -33,6 +38,7 @@ class SequenceModel(nn.Module, ABC):
         super().__init__()
         self.catalogue = catalogue
         self.precision = torch.float32  # of the HSTU stack; the trainer lowers it while it trains
+        self._asking, self._training = 0, list[nn.Module]()  # of `inference`: who is inside, what was in training mode
         self.input_dropout = nn.Dropout(config.input_dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -55,6 +61,26 @@ class SequenceModel(nn.Module, ABC):
         """Move the HSTU stack to a device. Tables and token features stay on the host, as do inputs and outputs."""
         for part in (self.hstu, self.norm, self.head):
             part.to(device)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inside: no gradients, no dropout. Afterwards every part is in the mode it was in, so training goes on.
+
+        Any thread, several at once: the last one that leaves ends it.
+        """
+        with _MODES:
+            if not self._asking:
+                self._training = [part for part in self.modules() if part.training]
+                self.eval()
+            self._asking += 1
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            with _MODES:
+                self._asking -= 1
+                for part in [] if self._asking else self._training:
+                    part.training = True
 
     def examples(self, dataset: SequenceDataset) -> SequenceDataset:
         """The rows that are trained on and measured: users, or (setting examples) requests."""

@@ -145,7 +145,7 @@ class Trainer:
         place: tuple[int, int, int],
     ) -> Step:
         started = time.perf_counter()
-        self.model.train()  # in each step: on_step may have measured or scored, which ends the training mode
+        self.model.train()  # in each step: on_step may have called eval()
         tokens = self.model.tokens(users)
         tokens.event_us[torch.from_numpy(counted).repeat_interleave(tokens.seen.offsets.diff())] = NO_EVENT
         tables = self.model.tables()
@@ -188,10 +188,9 @@ class Trainer:
 
     def predict(self, dataset: SequenceDataset) -> dict[str, NDArray]:
         """What the model's `evaluate_batch` tells of every target, concatenated; nothing for a dataset without any."""
-        self.model.train(False)
         dataset = self.model.examples(dataset)
         parts: list[dict[str, NDArray]] = []
-        with torch.no_grad():
+        with self.model.inference():
             for users in dataset.in_event_order(self.model.config.batch_tokens):
                 tokens = self.model.tokens(dataset.users(users))
                 parts.append(self.model.evaluate_batch(tokens))

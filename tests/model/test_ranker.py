@@ -92,6 +92,7 @@ def test_an_impression_that_became_known_late_looks_back_from_its_own_request() 
     other = dataclasses.replace(events, item_id=np.where(np.arange(12) == 0, events.item_id % 40 + 1, events.item_id))
     scores = [model.score(u, np.array([7]), NOW) for u in (events, other)]
     assert model.config.reach() == 2 and abs(scores[0] - scores[1]).max() > 1e-3
+    model.eval()
     for u, score in zip((events, other), scores, strict=True):
         whole = model(model.build([u], [Queries.candidates(np.array([7]), NOW, 0)]))
         np.testing.assert_allclose(score, torch.sigmoid(whole).detach().numpy(), atol=1e-6)
