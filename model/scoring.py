@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdRef
 
 from components.errors import BadInput
 from model import falcon
@@ -27,7 +28,8 @@ class ScoreCache:
     """One user's history as the layers hold it. Keep it between requests; it serves one request at a time.
 
     It is checked against the history of each request, so it can be given any history: what it has is used, what is
-    missing is added, and what does not fit is made anew. That the parameters or the model have changed is noticed, too.
+    missing is added, and what does not fit is made anew. That the parameters or the model have changed is noticed, too;
+    only what writes to `parameter.data`, or with a fused optimiser, leaves no trace: begin a new cache after it.
     `reused` and `added` count the history tokens of the last request.
     """
 
@@ -123,12 +125,14 @@ CHANGES = ("inserted", "updated", "upserted", "erased", "expired", "evicted")
 def parameter_state(model: SequenceModel) -> tuple[object, ...]:
     """Of one model on one device; changes whenever a parameter or a row of a table, or of a serving copy, changes.
 
-    Numbers of changes alone would not tell models apart that were made in equally many steps.
+    Numbers of changes alone would not tell models apart that were made in equally many steps, nor parameters that
+    others took the place of.
     """
     tables = [m.stats() for m in model.modules() if isinstance(m, EmbeddingTable | ServingTable)]
     counts = (stats.get(name, 0) for stats in tables for name in CHANGES)
     where = str(model.norm.weight.device)
-    return (weakref.ref(model), where, *(parameter._version for parameter in model.parameters()), *counts)
+    dense = ((WeakIdRef(parameter), parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    return (weakref.ref(model), where, *dense, *counts)
 
 
 def _rows(tokens: Tokens, x: Tensor, start: int, stop: int) -> Rows:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from components.errors import BadInput
 from model import falcon
@@ -164,6 +165,9 @@ def test_a_cache_made_with_other_parameters_is_not_used() -> None:
     for change in (
         lambda: model.tables()["item"].upsert(history.item_id[-1:], np.full((1, 8), 3.0, np.float32)),
         lambda: model.load_state_dict({name: value + 0.1 for name, value in model.state_dict().items()}),
+        lambda: model.load_state_dict({n: value + 0.1 for n, value in model.state_dict().items()}, assign=True),
+        lambda: model.load_state_dict({n: value + 0.1 for n, value in model.state_dict().items()}, assign=True),
+        lambda: vector_to_parameters(parameters_to_vector(model.parameters()).detach() * 1.5, model.parameters()),
     ):
         change()
         expected = model.score_plain(history, IDS, NOW)
