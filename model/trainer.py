@@ -259,11 +259,21 @@ class Trainer:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of export_state, into a model of the same config with empty tables."""
-        if full := [slot for slot, table in self.model.tables().items() if len(table)]:
+        """Inverse of export_state, into a model of the same config with empty tables.
+
+        Raises BadInput for other parameters or slots, and for tables that have rows.
+        """
+        tables = self.model.tables()
+        if full := [slot for slot, table in tables.items() if len(table)]:
             raise BadInput(f"{', '.join(full)} already have rows; load a state into a new model")
+        slots = {name[7:].rpartition("/")[0] for name in state if name.startswith("tables/")}
+        if different := sorted(slots ^ tables.keys()):
+            raise BadInput(
+                f"only the state or only the model has the tables {', '.join(different)}; "
+                "use the config it was made with"
+            )
         self.load_dense({name[6:]: value for name, value in state.items() if name.startswith("dense/")})
         self.load_optimizer_state({name[10:]: v for name, v in state.items() if name.startswith("optimizer/")})
-        for slot, table in self.model.tables().items():
+        for slot, table in tables.items():
             parts = {key: state[f"tables/{slot}/{key}"].numpy() for key in ROW_PARTS}
             table.apply_delta(TableDelta(tombstones=np.zeros(0, dtype=np.int64), **parts))

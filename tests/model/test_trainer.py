@@ -338,6 +338,9 @@ def test_a_state_of_another_shape_is_refused() -> None:
     state = Trainer(ranker()).export_state()
     with pytest.raises(BadInput, match="config"):
         Trainer(ranker(dim=12)).load_state(state)
+    for slots in ("item", "item,author,category,page,duration,user"):
+        with pytest.raises(BadInput, match=r"tables .*use the config it was made with"):
+            Trainer(ranker(slots=slots)).load_state(state)
     trained = Trainer(ranker())
     trained.fit(liking(10))
     with pytest.raises(BadInput, match="new model"):
