@@ -109,7 +109,8 @@ def _bucket_range(shard: tuple[int, int] | None) -> tuple[int, int]:
 
 def _settings(table: EmbeddingTable) -> dict[str, Any]:
     """The table's settings as JSON gives them back."""
-    return {name: _plain(value) for name, value in table.settings.items() if name != "threads"}
+    settings = {**table.settings, "learning_rate": table.learning_rate}  # a schedule may have changed it
+    return {name: _plain(value) for name, value in settings.items() if name != "threads"}
 
 
 def _plain(value: Any) -> Any:

@@ -90,6 +90,16 @@ def test_the_settings_come_with_the_snapshot(tmp_path: Path) -> None:
     assert torch.equal(table.lookup(int64(5)), restored.lookup(int64(5)))
 
 
+def test_a_learning_rate_that_was_set_comes_with_the_snapshot(tmp_path: Path) -> None:
+    table = EmbeddingTable("item", 3, learning_rate=0.1)
+    table.learning_rate = 0.01
+    save_snapshot(table, tmp_path / "snapshot")
+    restored = load_snapshot(tmp_path / "snapshot")
+    for each in (table, restored):
+        each.apply_gradients(int64(5), np.ones((1, 3), np.float32))
+    assert_same_table(table, restored)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
