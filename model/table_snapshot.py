@@ -37,7 +37,7 @@ _POLICIES = (
 )
 
 
-def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
+def save_snapshot(table: EmbeddingTable, folder: Path | str) -> SnapshotManifest:
     """Writes the table as it is at one moment, soon after the call, to a folder that does not exist or is empty.
 
     Weights, optimiser state, bookkeeping, candidates, tombstones and the consumers' epochs are all of that moment.
@@ -46,7 +46,7 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
     taken; RuntimeError if another snapshot of it is in progress, or if no memory was left for rows that training
     changed meanwhile; OSError if the disk refuses.
     """
-    with SnapshotWriter(folder) as writer:
+    with SnapshotWriter(Path(folder)) as writer:
         with table.consumers.held() as (consumers, newcomers):  # nobody's epoch can be ahead of the moment
             scan = freshet_table.SnapshotScan(table._table)
         try:
@@ -67,7 +67,7 @@ def save_snapshot(table: EmbeddingTable, folder: Path) -> SnapshotManifest:
 
 
 def load_snapshot(
-    folders: Path | Sequence[Path],
+    folders: Path | str | Sequence[Path | str],
     make_table: Callable[[], EmbeddingTable] | None = None,
     shard: tuple[int, int] | None = None,
 ) -> EmbeddingTable:
@@ -82,8 +82,8 @@ def load_snapshot(
     """
     first, last = _bucket_range(shard)
     with ExitStack() as stack:
-        paths = [folders] if isinstance(folders, Path) else list(folders)
-        readers = [stack.enter_context(SnapshotReader(path)) for path in paths]
+        paths = [folders] if isinstance(folders, Path | str) else list(folders)
+        readers = [stack.enter_context(SnapshotReader(Path(path))) for path in paths]
         manifest = _joined(readers)
         table = EmbeddingTable(**_arguments(manifest.settings)) if make_table is None else make_table()
         _check_settings(table, manifest, readers[0].folder)

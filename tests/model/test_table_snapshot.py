@@ -90,6 +90,14 @@ def test_the_settings_come_with_the_snapshot(tmp_path: Path) -> None:
     assert torch.equal(table.lookup(int64(5)), restored.lookup(int64(5)))
 
 
+def test_a_folder_may_be_named_by_a_text(tmp_path: Path) -> None:
+    table = EmbeddingTable("item", 3)
+    table.find_or_insert(int64(5))
+    save_snapshot(table, f"{tmp_path}/snapshot")
+    for folders in (f"{tmp_path}/snapshot", [f"{tmp_path}/snapshot"]):
+        assert_same_table(table, load_snapshot(folders))
+
+
 def test_a_learning_rate_that_was_set_comes_with_the_snapshot(tmp_path: Path) -> None:
     table = EmbeddingTable("item", 3, learning_rate=0.1)
     table.learning_rate = 0.01
