@@ -186,12 +186,15 @@ class EmbeddingTable(torch.nn.Module):
         else:
             values = self._table.lookup_pooled(flat, ends, mean, True, self._threads())
         out = torch.from_numpy(values).to(ids.device)
-        if self.training and self._learns and torch.is_grad_enabled():
-            out.requires_grad_()
-            bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
-            own = None if events is None else Events(events.counts.copy(), events.newest_us.copy())
-            self._pending.append(Forward(flat.copy(), out, bags, mean, own))
-        return out if ends is not None else out.view(*ids.shape, self.dim)
+        shape = out.shape if ends is not None else (*ids.shape, self.dim)
+        if not (self.training and self._learns and torch.is_grad_enabled()):
+            return out.view(shape)
+        out.requires_grad_()
+        bags = None if ends is None else ends.copy()  # the caller may reuse its buffers
+        own = None if events is None else Events(events.counts.copy(), events.newest_us.copy())
+        self._pending.append(Forward(flat.copy(), out, bags, mean, own))
+        result: torch.Tensor = torch.ops.aten._unsafe_view(out, shape)  # unlike a leaf and its views, it may be changed
+        return result
 
     def requires_grad_(self, requires_grad: bool = True) -> EmbeddingTable:
         """Whether forwards from now on learn; False freezes the rows, as it does a layer's parameters."""

@@ -118,6 +118,21 @@ def test_reusing_the_id_buffer_does_not_redirect_gradients() -> None:
     assert table.export_all().keys.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 2, 4])])
+def test_what_a_forward_gave_may_be_changed_in_place(offsets: torch.Tensor | None) -> None:
+    """As that of nn.Embedding: rows += positions, a dropout in place."""
+    inplace, other = EmbeddingTable("item", 2), EmbeddingTable("item", 2)
+    ids = torch.tensor([1, 2, 3, 1])
+    rows = inplace(ids, offsets)
+    rows *= 3
+    rows[0] = 0
+    rows.square().sum().backward()
+    (other(ids, offsets) * 3)[1:].square().sum().backward()
+    assert inplace.gradient_squared_norm() > 0
+    assert inplace.step() == other.step() == 3
+    assert_same_table(inplace, other)
+
+
 def test_the_paper_table_1_collisions_do_not_happen_here() -> None:
     for ids, hashed_rows in ((162_541, 149_970), (59_047, 57_361)):
         hashed = {int(hashlib.md5(str(i).encode()).hexdigest(), 16) % 10**6 for i in range(ids)}
