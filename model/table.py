@@ -47,7 +47,8 @@ class EmbeddingTable(torch.nn.Module):
     gradients of an id's occurrences, adagrad does s += G^2; w -= lr * G / (sqrt(s) + epsilon).
     New rows: uniform in (-init_scale, init_scale), a function of (seed, slot, id, init_scale) alone. A forward reads
     them so before they exist; the first gradient makes them exist.
-    initial_accumulator: start of both adagrads' and ftrl's sums. epsilon: None = 1e-10, for adam 1e-8.
+    initial_accumulator: start of both adagrads' and ftrl's sums. epsilon: None = 1e-10, for adam 1e-8. betas: adam's.
+    l1, l2, ftrl_beta: ftrl's.
 
     Admission: an id gets its row at its admission_threshold-th event in a gradient (counted exactly, 20 bytes per
     candidate), or at each event with admission_probability; gradients before that are dropped and counted.
@@ -100,6 +101,8 @@ class EmbeddingTable(torch.nn.Module):
             raise ValueError(f"dim must be at least 1, got {dim}")
         if admission_threshold != 1 and admission_probability != 1.0:
             raise ValueError("give an admission_threshold or an admission_probability, not both")
+        if optimizer != "ftrl" and (l1 or l2):
+            raise ValueError(f"{optimizer} has no l1 and l2; use optimizer='ftrl', or leave them 0")
         if len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {betas}")
         if not 0 <= learning_rate <= MAX_LEARNING_RATE:

@@ -342,6 +342,8 @@ def test_state_that_adam_cannot_have_come_to_is_refused(state: list[float]) -> N
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"threads": -1}, "threads must be at least 1"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"l2": 0.1}, "adagrad has no l1 and l2; use optimizer='ftrl'"),
+        ({"l1": 0.1, "optimizer": "adam"}, "adam has no l1 and l2"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(setting: dict[str, Any], message: str) -> None:
