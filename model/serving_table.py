@@ -77,7 +77,7 @@ class ServingTable(torch.nn.Module):
                 "or train the model that has the EmbeddingTable"
             )
         flat = tensor_ids(ids)
-        is_mean(pooling)  # refused without offsets, too, as where it was trained
+        is_mean(pooling, offsets is not None)  # refused as where it was trained
         if offsets is not None:
             return self.lookup_pooled(flat, offsets, pooling).to(ids.device)
         return self.lookup(flat).view(*ids.shape, self.dim).to(ids.device)

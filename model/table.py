@@ -180,7 +180,7 @@ class EmbeddingTable(torch.nn.Module):
         gradients enabled, unless the table is frozen, the gradient waits for `step`. events: what the ids stand for;
         None: an event each, at the time of the step. The result is on the device of `ids`.
         """
-        flat, mean = tensor_ids(ids), is_mean(pooling)
+        flat, mean = tensor_ids(ids), is_mean(pooling, offsets is not None)
         if events is not None:
             events.check(len(flat))
         ends = None if offsets is None else as_ids(offsets, "offsets")

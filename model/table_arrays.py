@@ -58,10 +58,12 @@ def slot_hash(slot: str) -> int:
     return int.from_bytes(hashlib.blake2b(slot.encode(), digest_size=8).digest(), "little")
 
 
-def is_mean(pooling: str) -> bool:
-    """Whether bags are averaged; ValueError for what is neither "sum" nor "mean"."""
+def is_mean(pooling: str, bags: bool = True) -> bool:
+    """Whether bags are averaged; ValueError for what is neither "sum" nor "mean", and for "mean" without bags."""
     if pooling not in ("sum", "mean"):
         raise ValueError(f'pooling must be "sum" or "mean", got {pooling!r}')
+    if pooling == "mean" and not bags:
+        raise ValueError('pooling="mean" needs offsets, which say where each bag of ids begins; or average the result')
     return pooling == "mean"
 
 

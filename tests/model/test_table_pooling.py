@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.serving_table import ServingTable
 from model.table import EmbeddingTable
 from tests.model.table_model import INT64, assert_same_table, int64
 
@@ -110,6 +111,9 @@ def test_offsets_and_pooling_of_a_wrong_kind_are_refused() -> None:
         table(ids, [0, 3])
     with pytest.raises(ValueError, match='pooling must be "sum" or "mean", got \'max\''):
         table(ids, torch.tensor([0, 3]), "max")
+    for unpooled in (table, ServingTable("item", 2).eval()):
+        with pytest.raises(ValueError, match='pooling="mean" needs offsets'):
+            unpooled(ids, pooling="mean")
 
 
 def test_evaluation_pools_without_waiting_for_gradients() -> None:
