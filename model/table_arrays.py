@@ -55,6 +55,8 @@ class TableDelta:
 
 def slot_hash(slot: str) -> int:
     """The stable 64-bit hash that, with the seed and the id, decides a new row's weights."""
+    if not isinstance(slot, str):
+        raise TypeError(f"slot must be a text, got {slot!r}; it names the table")
     return int.from_bytes(hashlib.blake2b(slot.encode(), digest_size=8).digest(), "little")
 
 

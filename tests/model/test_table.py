@@ -4,11 +4,13 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from model.serving_table import ServingTable
 from model.table import EmbeddingTable
 from tests.model.table_model import EXTREME, INT64, assert_same_table, column, initial_weights, int64
 
@@ -116,6 +118,12 @@ def test_reusing_the_id_buffer_does_not_redirect_gradients() -> None:
     ids.fill_(77)
     table.step(now_us=1)
     assert table.export_all().keys.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [EmbeddingTable, ServingTable])
+def test_a_slot_is_named_by_a_text(kind: Any) -> None:
+    with pytest.raises(TypeError, match="slot must be a text, got 200"):
+        kind(200, 2)
 
 
 @pytest.mark.parametrize("offsets", [None, torch.tensor([0, 2, 4])])
