@@ -18,17 +18,30 @@ from model.events import UserEvents
 from model.hashing import uniform
 from model.settings import ModelConfig
 
+SELECTIONS = ("weighted", "greedy", "uniform")
 _LENGTH, _SELECTION = 1, 2  # different draws for whether and for what
 
 
 @dataclass(frozen=True)
 class StochasticLength:
-    """The rule. limit: N, the newest interactions that are read at all; alpha in (1, 2], 2 = keep all of these."""
+    """The rule. limit: N, the newest interactions that are read at all; alpha in (1, 2], 2 = keep all of these.
+
+    selection: which are kept, "weighted" (by age), "greedy" (the newest) or "uniform". BadInput for other values.
+    """
 
     limit: int
     alpha: float = 2.0
     selection: str = "weighted"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or not 1 < self.alpha <= 2:
+            raise BadInput(
+                "stochastic length needs a limit of at least 1 and an alpha above 1 and at most 2, "
+                f"got {self.limit} and {self.alpha}"
+            )
+        if self.selection not in SELECTIONS:
+            raise BadInput(f"unknown selection {self.selection!r}; use one of {', '.join(SELECTIONS)}")
 
     @classmethod
     def of(cls, config: ModelConfig) -> StochasticLength | None:

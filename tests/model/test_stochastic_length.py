@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,3 +122,17 @@ def test_interactions_out_of_order_are_refused_since_the_newest_could_not_be_tol
     swapped = dataclasses.replace(events, timestamp=events.timestamp[::-1].copy())
     with pytest.raises(BadInput, match="order of time; sort"):
         StochasticLength(4, 1.5, "greedy").cut(swapped, 0, keep_new=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"limit": 0}, "limit of at least 1 .* got 0 and"),
+        ({"alpha": 1.0}, "alpha above 1 .* and 1"),
+        ({"alpha": 2.5}, "at most 2, got 8 and 2.5"),
+        ({"selection": "newest"}, "unknown selection 'newest'; use one of weighted, greedy"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        StochasticLength(**{"limit": 8, **setting})
