@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.errors import BadInput
 from model.attention import Visibility
 from model.hstu import Hstu, HstuLayer
 
@@ -89,9 +90,11 @@ def extend(stack: Hstu, kept: KeyValues, new: Rows, key_time: Tensor) -> KeyValu
 def score_rows(stack: Hstu, kept: KeyValues, candidates: Rows, microbatch: int | None = None) -> Tensor:
     """(C, dim): what the stack gives for candidates that see the history (begin, end, prefix) and themselves.
 
-    microbatch: candidates at a time; None = MICROBATCH. The result does not depend on it.
+    microbatch: candidates at a time; None = MICROBATCH. The result does not depend on it. BadInput below 1.
     """
-    size = microbatch or MICROBATCH
+    size = MICROBATCH if microbatch is None else microbatch
+    if size < 1:
+        raise BadInput(f"microbatch must be at least 1, or None, got {size}")
     parts = [
         _score_microbatch(stack, kept, candidates.part(first, first + size))
         for first in range(0, len(candidates.x), size)

@@ -63,6 +63,14 @@ def test_candidates_over_kept_keys_and_values_equal_one_forward(
     torch.testing.assert_close(got, whole[history:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("microbatch", [0, -1])
+def test_candidates_are_scored_one_at_a_time_at_least(microbatch: int) -> None:
+    model, none = stack(1), torch.zeros(3, dtype=torch.int64)
+    rows = Rows(torch.zeros(3, 6, dtype=torch.float64), none, none, none)
+    with pytest.raises(BadInput, match="microbatch must be at least 1, or None"):
+        falcon.score_rows(model, KeyValues.empty(model, rows.x), rows, microbatch)
+
+
 SETTINGS = [
     {},
     {"context": "user", "positions": 8},
