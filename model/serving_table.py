@@ -6,6 +6,8 @@ that is not being erased is never missed.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import torch
 
@@ -56,6 +58,12 @@ class ServingTable(torch.nn.Module):
 
     def __bool__(self) -> bool:
         return True  # an empty table is still a table
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            f"the serving copy of slot {self.slot!r} cannot be copied or pickled; "
+            "make another ServingTable and feed it the same deltas"
+        )
 
     # Reading
 

@@ -1,6 +1,9 @@
 """model.serving_table: what is served of the trainer's rows, in each precision, and beside a writer."""
 
+import copy
+import pickle
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -181,6 +184,12 @@ def test_it_cannot_be_trained() -> None:
         ServingTable("item", DIM)(torch.tensor([1]))
     served = table()(torch.tensor([1]))
     assert not served.requires_grad
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_a_copy_of_it_is_made_by_feeding_another_one(duplicate: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="'item' cannot be copied or pickled; make another ServingTable"):
+        duplicate(torch.nn.Sequential(table()))
 
 
 def test_stats_count_ids_and_rows() -> None:
