@@ -26,14 +26,14 @@ class SequenceDataset:
     _context = 0  # tokens of each row before its history
 
     def __init__(self, table: pa.Table) -> None:
-        """table: rows of the sequence schema, one per user.
+        """table: each row a stretch of a user's events; columns: the fields of `UserEvents`, arrays as lists.
 
         Raises BadInput for a missing column, for nulls and fractions among whole numbers (in a column of float numbers
         a null reads as NaN), and for a new_from below 0.
         """
         wanted = ["user_id", "new_from", *EVENT_DTYPES]
         if missing := [name for name in wanted if name not in table.column_names]:
-            raise BadInput(f"the sequences lack the columns {', '.join(missing)}; build them with build-sequences")
+            raise BadInput(f"the sequences lack the columns {', '.join(missing)}; build them with components.sequences")
         for name in ("user_id", "new_from"):
             _check_whole(table[name], name)
         self.user_id = table["user_id"].to_numpy().astype(np.int64)

@@ -21,28 +21,31 @@ NEVER_US = 2**62
 
 @dataclass
 class UserEvents:
-    """One user's interactions, action events and auxiliary series: the fields of a sequence row, as numpy arrays."""
+    """One user's interactions, action events and auxiliary series: the fields of a sequence row, as numpy arrays.
+
+    Times are UTC microseconds. The n interactions are in order of (timestamp, request_id, position).
+    """
 
     user_id: int
-    new_from: int
-    request_id: Int64s
-    item_id: Int64s
-    timestamp: Int64s
-    known_at: Int64s
-    position: NDArray[np.int32]
-    page: Int64s
-    actions: NDArray[np.int32]
-    watch_s: NDArray[np.float32]
-    score: NDArray[np.float32]
-    version: NDArray[np.int32]
-    delta: Int64s
-    action_of: NDArray[np.int32]
-    action_known_at: Int64s
-    action_mask: NDArray[np.int32]
-    action_value: NDArray[np.float32]
-    aux_slot: NDArray[np.int32]
-    aux_value: Int64s
-    aux_known_at: Int64s
+    new_from: int  # index of the first interaction that is trained on; those before it are context
+    request_id: Int64s  # [n] of the impression; one request showed one or more items
+    item_id: Int64s  # [n]
+    timestamp: Int64s  # [n] of the request
+    known_at: Int64s  # [n] from when on others may see it: not before its own time
+    position: NDArray[np.int32]  # [n] in the list that was shown
+    page: Int64s  # [n] where it was shown, any id
+    actions: NDArray[np.int32]  # [n] labels: bits of components.schemas.ACTIONS, 0 = none, a negative
+    watch_s: NDArray[np.float32]  # [n] label: seconds watched, 0 = none
+    score: NDArray[np.float32]  # [n] with version and delta: what it was shown with; NaN, -1, -1 = unknown
+    version: NDArray[np.int32]  # [n]
+    delta: Int64s  # [n]
+    action_of: NDArray[np.int32]  # [m] input: what became known of the user's actions; index of the interaction
+    action_known_at: Int64s  # [m] when
+    action_mask: NDArray[np.int32]  # [m] which actions, bits as in `actions`
+    action_value: NDArray[np.float32]  # [m] seconds of a watch, stars of a rating
+    aux_slot: NDArray[np.int32]  # [a] a slowly changing feature: 0 = page
+    aux_value: Int64s  # [a] its new value
+    aux_known_at: Int64s  # [a] when
     new_since_us: int | None = field(default=None, init=False)  # None: the time of the interaction new_from
 
     def new_since(self) -> int:

@@ -379,7 +379,7 @@ def test_sequences_come_back_from_parquet_as_they_were(tmp_path: Path) -> None:
 
 
 def test_sequences_with_missing_columns_are_refused() -> None:
-    with pytest.raises(BadInput, match="action_mask"):
+    with pytest.raises(BadInput, match=r"lack the columns action_mask; build them with components\.sequences"):
         SequenceDataset(table([user(1, 2)]).drop_columns(["action_mask"]))
 
 
