@@ -28,6 +28,9 @@ _MODES = Lock()
 class SequenceModel(nn.Module, ABC):
     """HSTU over a user's tokens. Dense weights are ordinary parameters; rows of ids live in `tables()`.
 
+    `state_dict` has the former alone, `Trainer.export_state` both. In a training loop of one's own each of `tables()`
+    takes its `step` beside the optimiser's.
+
     `catalogue` gives items their side features; it may be replaced at any time. The initial weights are a function of
     the config alone; the caller's random state is left as it was.
     """

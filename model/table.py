@@ -43,6 +43,11 @@ _PROGRESS = ("updates", "sweep_at", "eviction_at", "clock")
 class EmbeddingTable(torch.nn.Module):
     """Embeddings of one slot, float32 [dim] per int64 id (any value), with the optimiser inside.
 
+    Training: forward, backward, then `step` of the table, beside that of the dense parameters' optimiser. Rows are no
+    parameters: `state_dict` lacks them (`save_snapshot` and `export_all` have them), and `zero_grad`, `requires_grad_`
+    or a cast of a module around the table does not reach them. The table's own `zero_grad` drops their gradients, its
+    `requires_grad_(False)` freezes them.
+
     optimizer: sgd, adagrad, rowwise_adagrad, adam (lazy: a row's steps are its own) or ftrl. With G the sum of the
     gradients of an id's occurrences, adagrad does s += G^2; w -= lr * G / (sqrt(s) + epsilon).
     New rows: uniform in (-init_scale, init_scale), a function of (seed, slot, id, init_scale) alone. A forward reads
@@ -61,7 +66,6 @@ class EmbeddingTable(torch.nn.Module):
 
     shards: how many threads can write; threads: how many do (None: torch.get_num_threads()). Results depend on neither.
 
-    `requires_grad_(False)` freezes the rows. That of a module around the table reaches parameters alone, not the table.
     Raises ValueError for a setting out of range.
     """
 
