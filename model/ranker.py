@@ -45,7 +45,6 @@ class Ranker(SequenceModel):
         if unknown := sorted(set(self.regression_names) - set(REGRESSIONS)):
             raise BadInput(f"unknown regression {', '.join(unknown)}; known is {', '.join(REGRESSIONS)}")
         super().__init__(config, catalogue, len(self.head_names) + len(self.regression_names))
-        self.config = config
         self.bits = torch.tensor([action_bit(name) for name in self.head_names])
         self.biases = nn.ModuleDict({name: self._bias_table(name) for name in config.bias_names()})
 

@@ -38,7 +38,6 @@ class Retriever(SequenceModel):
 
     def __init__(self, config: RetrieverConfig, catalogue: ItemCatalogue) -> None:
         super().__init__(config, catalogue, config.dim)
-        self.config = config
         self.positive = action_mask(config.positive_actions)
         sides = ("author", "category") if config.item_side else ()
         scale = max(config.init_scale, 1e-3)  # a zero vector has no direction

@@ -39,6 +39,7 @@ class SequenceModel(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, catalogue: ItemCatalogue, outputs: int) -> None:
         super().__init__()
+        self.config = config
         self.catalogue = catalogue
         self.precision = torch.float32  # of the HSTU stack; the trainer lowers it while it trains
         self._asking, self._training = 0, list[nn.Module]()  # of `inference`: who is inside, what was in training mode

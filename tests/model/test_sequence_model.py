@@ -1,4 +1,4 @@
-"""Ranker and retriever in a training loop of one's own."""
+"""The models in a training loop, and the trainer with a model, of one's own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from model.dataset import SequenceDataset
+from model.inputs import Tokens, UserEvents
 from model.ranker import Ranker, RankerConfig
 from model.retriever import Retriever, RetrieverConfig
+from model.sequence_model import SequenceModel
+from model.settings import ModelConfig
 from model.trainer import Trainer
 from tests.model.make import START, catalogue, table, user
 
@@ -62,3 +68,30 @@ def test_one_thread_that_is_done_does_not_end_the_inference_of_another() -> None
     leave.set()
     other.join()
     assert all(part.training for part in model.modules())
+
+
+class Dwell(SequenceModel):
+    """How long is an item watched: a model with a head and a loss of its own."""
+
+    def make_head(self, config: ModelConfig, outputs: int) -> nn.Module:
+        return nn.Linear(config.dim, outputs)
+
+    def tokens(self, users: list[UserEvents]) -> Tokens:
+        return self.build(users, None)
+
+    def loss(self, tokens: Tokens) -> tuple[Tensor, int]:
+        return F.mse_loss(self.encode(tokens)[:, 0], torch.log1p(tokens.watch)), len(tokens.targets)
+
+    def evaluate_batch(self, tokens: Tokens) -> dict[str, NDArray]:
+        return {"error": self.encode(tokens)[:, 0].numpy() - np.log1p(tokens.watch.numpy())}
+
+    def summarise(self, outputs: dict[str, NDArray]) -> dict[str, float]:
+        return {"rmse": float(np.sqrt(np.square(outputs["error"]).mean()))}
+
+
+def test_the_trainer_trains_a_model_of_ones_own() -> None:
+    dataset = SequenceDataset(table([user(i, 12) for i in range(20)]))
+    trainer = Trainer(Dwell(ModelConfig(**SMALL, epochs=3, dense_lr=0.02), catalogue(), outputs=1))
+    before = trainer.evaluate(dataset)["rmse"]
+    trainer.fit(dataset)
+    assert trainer.evaluate(dataset)["rmse"] < 0.9 * before
