@@ -28,7 +28,7 @@ class Visibility:
     end: Tensor
     row_offsets: Tensor | None = None
     prefix: Tensor | None = None
-    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def first_row(self) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,9 +205,20 @@ def test_a_bias_that_does_not_fit_is_refused(change: dict, message: str) -> None
     "begin": torch.zeros(2, 1).long(), "end": torch.zeros(2, 1).long(),
 }])  # fmt: skip
 def test_a_visibility_of_another_type_is_refused(change: dict) -> None:
-    q, fields = torch.ones(2, 1, 1), vars(causal(torch.tensor([2])))
+    q, seen = torch.ones(2, 1, 1), dataclasses.replace(causal(torch.tensor([2])), **change)
     with pytest.raises(BadInput, match="one dimension and int64"):
-        attention(q, q, q, Visibility(**{**fields, **change}), alpha=1.0, normaliser=1.0)
+        attention(q, q, q, seen, alpha=1.0, normaliser=1.0)
+
+
+def test_a_changed_copy_of_a_visibility_is_seen_as_it_is() -> None:
+    """Not as the one that it was made from, of which a kernel has kept something."""
+    q, seen = torch.ones(3, 1, 1, dtype=torch.float64), causal(torch.tensor([3]))
+    attention(q, q, q, seen, alpha=1.0, normaliser=1.0)
+    nobody = dataclasses.replace(seen, begin=seen.end)
+    got = attention(q, q, q, nobody, alpha=1.0, normaliser=1.0)
+    torch.testing.assert_close(got, torch.full_like(got, float(F.silu(torch.ones(())))), atol=1e-7, rtol=0)
+    with pytest.raises(BadInput, match="leaves its sequence"):
+        attention(q, q, q, dataclasses.replace(seen, end=seen.end + 9), alpha=1.0, normaliser=1.0)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
