@@ -32,7 +32,10 @@ def norm_silu_project(
     """
     columns = sum(sizes)
     if len(sizes) != 4 or x.dim() != 2 or weight.shape != (x.shape[1], columns) or silu_columns > columns:
-        raise BadInput(f"a projection to parts {sizes} needs x (T, D) and weight (D, {columns})")
+        raise BadInput(
+            f"a projection to parts {sizes} needs x (T, D) and weight (D, {columns}), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}; sequences are jagged, one after the other"
+        )
     if norm.normalized_shape != (x.shape[1],) or (bias is not None and bias.shape != (columns,)):
         raise BadInput(f"a projection to parts {sizes} needs a norm over {x.shape[1]} numbers and bias ({columns},)")
     if not _fits(x, weight, bias, *norm.parameters()):

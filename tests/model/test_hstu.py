@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from components.errors import BadInput
 from model.attention import causal
 from model.hstu import Hstu, HstuConfig, HstuLayer
 from tests.model.golden import assert_near, load
@@ -116,3 +117,9 @@ def test_the_last_rows_alone_are_those_of_the_whole_and_so_are_the_gradients(lay
         results.append([y.detach(), x.grad, *(p.grad for p in stack.parameters())])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_padded_sequences_are_refused_by_their_shape() -> None:
+    times = torch.arange(6)
+    with pytest.raises(BadInput, match=r"got \(2, 3, 8\) and \(8, 128\); sequences are jagged"):
+        Hstu(HstuConfig(dim=8))(torch.zeros(2, 3, 8), causal(torch.tensor([3, 3])), times, times)
