@@ -5,9 +5,9 @@ as it was pretrained, on the same events. Then it learns once from each event, i
 changed rows, the dense parameters and the metrics as delta n + 1. Servers that follow the log pick it up.
 
 Each window is learned from exactly once: run again, the step returns the delta that exists; killed at any moment and
-run again, it ends with the same bits. A window without events still makes a delta, which marks it as consumed. A
-window that begins before the end of the newest consumed one is refused. Joined windows that lie between are learned
-from first, in order, each as a delta of its own (--skip-gap leaves them out for good).
+run again, it ends with the same bits (on CPUs, with as many threads). A window without events still makes a delta,
+which marks it as consumed. A window that begins before the end of the newest consumed one is refused. Joined windows
+that lie between are learned from first, in order, each as a delta of its own (--skip-gap leaves them out for good).
 
 example:
   python -m components.finetune --model ranker --dataset window-20220501T000000Z-20220502T000000Z

@@ -8,7 +8,7 @@ curve, the calibration plot, the dataset's manifest and the metrics.
 
 A finished checkpoint with the same settings is returned as it is, without training. A pretraining that was
 killed and is run again with the same settings goes on from its newest save (every --save-every-s seconds), in a new
-MLflow run, and ends with the same checkpoint as if nothing had happened, on CPUs to the bit.
+MLflow run, and ends with the same checkpoint as if nothing had happened, on CPUs with as many threads to the bit.
 
 example:
   python -m components.pretrain --model ranker --epochs 4 --dim 32 \\
