@@ -172,7 +172,7 @@ def hstu_finish(
     norm_bias: Tensor | None, gate: int, epsilon: float, dropout: float, seed: int,
 ) -> Tensor:  # fmt: skip
     """The operator of norm_gate_project; gate: index into GATES."""
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     inputs, alive = _finish_inputs(x, u, a, weight, bias, norm_weight, norm_bias, gate, epsilon, dropout, seed)
     freshet_attention.finish_forward(inputs, y.data_ptr(), torch.get_num_threads())
     del alive
@@ -220,7 +220,7 @@ def _(u: Tensor, v: Tensor, q: Tensor, k: Tensor, *inputs: Tensor | None) -> tup
 
 @hstu_finish.register_fake
 def _(x: Tensor, *_: object) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape)
 
 
 @hstu_finish_backward.register_fake

@@ -192,6 +192,17 @@ def test_other_dtypes_and_autocast_take_the_reference() -> None:
     assert u.dtype == torch.bfloat16
 
 
+def test_the_type_that_torch_gives_new_tensors_plays_no_part() -> None:
+    norm, out, x = norm_of(4, True), nn.Linear(4, 4), torch.randn(3, 4)
+    want = norm_gate_project(x, x, x, norm, out, gate="product", dropout=0, training=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = norm_gate_project(x, x, x, norm, out, gate="product", dropout=0, training=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_weights_of_another_type_never_reach_the_kernels(dtype: torch.dtype) -> None:
     """The kernels would read them as float32, beyond their end."""
