@@ -52,7 +52,8 @@ def norm_gate_project(
     Raises BadInput when the shapes do not fit together.
     """
     inputs = u.shape[-1] * (1 if gate == "product" else 3)
-    if gate not in GATES or u.shape != a.shape or len(u) != len(x) or out.weight.shape != (x.shape[1], inputs):
+    fits = x.dim() == u.dim() == 2 and u.shape == a.shape and len(u) == len(x)
+    if gate not in GATES or not fits or out.weight.shape != (x.shape[1], inputs):
         raise BadInput(f"gate {gate!r} (of {GATES}) needs u, a (R, W), x (R, D), out from {inputs} to D numbers")
     if norm.normalized_shape != (u.shape[1],):
         raise BadInput(f"gate {gate!r} needs a norm over {u.shape[1]} numbers, got {norm.normalized_shape}")

@@ -228,5 +228,11 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         norm_gate_project(x, x, x, norm_of(3, True), nn.Linear(4, 4), gate="product", dropout=0, training=False)
     with pytest.raises(BadInput, match="gate"):
         norm_gate_project(x, x, x, norm, nn.Linear(4, 4), gate="sum", dropout=0, training=False)
+    for rows in (x[0], x[:, :, None]):
+        with pytest.raises(BadInput, match=r"x \(R, D\)"):
+            norm_gate_project(rows, x, x, norm, nn.Linear(4, 4), gate="product", dropout=0, training=False)
+    cube = torch.randn(3, 4, 4)
+    with pytest.raises(BadInput, match=r"u, a \(R, W\)"):
+        norm_gate_project(x, cube, cube, norm, nn.Linear(4, 4), gate="product", dropout=0, training=False)
     with pytest.raises(BadInput, match="12 to D"):
         norm_gate_project(x, x, x, norm, nn.Linear(4, 4), gate="concat", dropout=0, training=False)
