@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from components.errors import BadInput
 from model._native import freshet_attention
@@ -52,8 +51,9 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():  # once_differentiable would let a graph through that lacks the vectors and items
+            raise RuntimeError("the softmax over the catalogue has no second derivative; leave out create_graph=True")
         of_vectors, of_items = ctx.saved_tensors
         return of_vectors * upstream, of_items * upstream, None, None
 

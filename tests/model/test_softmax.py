@@ -123,6 +123,15 @@ def test_what_is_frozen_gets_no_gradient() -> None:
         assert catalogue_cross_entropy(vectors, table, torch.zeros(5, dtype=torch.int64), 1.0) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_derivative_is_refused(dtype: torch.dtype) -> None:
+    """It would leave out how the gradient depends on the vectors and items, and nobody would notice."""
+    vectors = torch.randn(5, 3, requires_grad=True, dtype=dtype)
+    loss = catalogue_cross_entropy(vectors, torch.randn(9, 3, dtype=dtype), torch.zeros(5, dtype=torch.int64), 1.0)
+    with pytest.raises(RuntimeError, match="no second derivative; leave out create_graph"):
+        torch.autograd.grad(loss, vectors, create_graph=True)
+
+
 def test_the_operator_keeps_torchs_rules() -> None:
     inputs = (torch.randn(20, 6), torch.randn(30, 6), torch.randint(30, (20,)), 2.0)
     for gradients in (True, False):
