@@ -127,7 +127,7 @@ void store(double value, void* to, Storage storage, std::size_t at) {
   }
   std::uint32_t bits;
   std::memcpy(&bits, &rounded, sizeof bits);
-  bits += rounded != rounded ? 0x400000 : 0x7fff + ((bits >> 16) & 1);
+  bits = rounded != rounded ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
   static_cast<std::uint16_t*>(to)[at] = static_cast<std::uint16_t>(bits >> 16);
 }
 

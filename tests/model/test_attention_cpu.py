@@ -210,6 +210,20 @@ def test_rows_of_a_slice_are_read_in_place_and_equal_their_copy() -> None:
     assert torch.equal(mixed.grad, torch.cat([x.grad.flatten(1) for x in copies if x.grad is not None], 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [20, 1100])
+def test_a_nan_is_not_lost_in_the_gradients(length: int, dtype: torch.dtype) -> None:
+    """More than 1,024 rows are two tasks, whose gradients of the keys are added up."""
+    q, k, v = torch.randn(3, length, 1, 4).to(dtype)
+    k[5] = float("nan")
+    for leaf in (k, v):
+        leaf.requires_grad_()
+    attention(q, k, v, causal(torch.tensor([length])), alpha=0.3, normaliser=10, kernel="cpu").sum().backward()
+    for leaf in (k, v):
+        assert leaf.grad is not None
+        assert bool(leaf.grad[5].isnan().all())
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRESHET_ISA", "abacus")
     q = torch.ones(2, 1, 1)
