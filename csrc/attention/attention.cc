@@ -36,7 +36,8 @@ void check(const Inputs& in) {
   require(in.position_weights == nullptr || in.positions > 0, "position weights must not be empty");
   for (std::size_t s = 0; s < in.sequences; ++s) {
     const std::int64_t keys = in.offsets[s + 1] - in.offsets[s], rows = in.row_offsets[s + 1] - in.row_offsets[s];
-    require(rows >= 0 && rows <= keys, "a sequence needs as many keys as rows at least");
+    require(rows >= 0 && in.row_offsets[s + 1] <= in.row_offsets[in.sequences], "row_offsets must ascend");
+    require(rows <= keys, "a sequence needs as many keys as rows at least");
     for (std::int64_t i = in.row_offsets[s]; i < in.row_offsets[s + 1]; ++i) {
       require(0 <= in.begin[i] && in.begin[i] <= in.end[i] && in.end[i] <= keys, "an interval leaves its sequence");
       require(in.prefix == nullptr || (0 <= in.prefix[i] && in.prefix[i] <= keys), "a prefix leaves its sequence");

@@ -36,7 +36,7 @@ $(NATIVE)/freshet_attention%: attention/bindings.cc $(ATTENTION_PARTS:%=$(BUILD)
 $(BUILD)/attention_test: FLAGS = $(OPTIMIZE)
 $(BUILD)/attention_asan_test: FLAGS = $(ASAN)
 $(BUILD)/attention_tsan_test: FLAGS = $(TSAN)
-$(BUILD)/%_test: attention/attention_test.cc attention/layer_test.cc attention/softmax_test.cc \
+$(BUILD)/%_test: $(wildcard attention/*_test.cc) \
   $(addprefix $(BUILD)/%/,$(ATTENTION_PARTS:=.o))
 	$(CXX) $(COMMON) $(FLAGS) $^ -o $@
 

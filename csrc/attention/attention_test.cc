@@ -9,12 +9,8 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
-
-#include "isa_portable.h"
-#include "task.h"
-
-#include "simd.h"
 
 int failures = 0;
 
@@ -24,7 +20,14 @@ void expect(bool condition, const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
 
-void test_layers(const std::string& isa);  // layer_test.cc
+std::vector<std::int64_t> boundaries() {
+  std::vector<std::int64_t> out;
+  for (int b = 1; b <= 128; ++b) out.push_back(static_cast<std::int64_t>(std::ceil(std::exp(0.301 * b))));
+  return out;
+}
+
+void test_vectors();                        // simd_test.cc
+void test_layers(const std::string& isa);   // layer_test.cc
 void test_softmax(const std::string& isa);  // softmax_test.cc
 
 namespace {
@@ -32,13 +35,6 @@ namespace {
 using freshet::attention::Gradients;
 using freshet::attention::Inputs;
 using freshet::attention::Storage;
-using freshet::attention::TimeTable;
-
-std::vector<std::int64_t> boundaries() {
-  std::vector<std::int64_t> out;
-  for (int b = 1; b <= 128; ++b) out.push_back(static_cast<std::int64_t>(std::ceil(std::exp(0.301 * b))));
-  return out;
-}
 
 // One random call and its arrays.
 struct Call {
@@ -194,83 +190,61 @@ void threads_change_no_bit(const std::string& isa) {
   expect_near(one.k, definition(call).k, isa + " two tasks: grad k");
 }
 
-void exp_is_accurate() {
-  double worst = 0;
-  for (int i = -870000; i <= 870000; i += 4) {
-    float x[freshet::attention::kLanes], out[freshet::attention::kLanes];
-    for (std::size_t lane = 0; lane < freshet::attention::kLanes; ++lane)
-      x[lane] = static_cast<float>(i + static_cast<int>(lane)) * 1e-4f;
-    freshet::attention::store(out, freshet::attention::exp(freshet::attention::load(x)));
-    for (std::size_t lane = 0; lane < freshet::attention::kLanes; ++lane) {
-      if (std::abs(x[lane]) > 87.0f) continue;
-      const double want = std::exp(static_cast<double>(x[lane]));
-      worst = std::max(worst, std::abs(static_cast<double>(out[lane]) - want) / want);
-    }
-  }
-  expect(worst < 1.2e-7, "exp is off by " + std::to_string(worst * 1e9) + "e-9");
-  std::printf("exp: largest relative error %.2e\n", worst);
-}
-
-void time_buckets_are_exact() {
-  const std::vector<std::int64_t> bounds = boundaries();
-  const TimeTable table = freshet::attention::make_time_table(bounds.data());
-  std::vector<std::int32_t> gaps;
-  for (std::int32_t gap = 0; gap < 100000; ++gap) gaps.push_back(gap);
-  for (const std::int64_t bound : bounds) {
-    for (std::int64_t gap = bound - 300; gap <= bound + 300; ++gap) {
-      if (std::abs(gap) < (std::int64_t{1} << 31)) gaps.push_back(static_cast<std::int32_t>(gap));
-    }
-  }
-  for (int bit = 24; bit < 31; ++bit) {
-    for (int off = -300; off <= 300; ++off) gaps.push_back((1 << bit) + off);
-  }
-  gaps.push_back(2147483647);
-  while (gaps.size() % freshet::attention::kLanes != 0) gaps.push_back(0);
-  for (std::size_t i = 0; i < gaps.size(); i += freshet::attention::kLanes) {
-    std::int32_t got[freshet::attention::kLanes];
-    freshet::attention::store(got, freshet::attention::time_buckets(table, freshet::attention::load(&gaps[i])));
-    for (std::size_t lane = 0; lane < freshet::attention::kLanes; ++lane) {
-      const auto gap = static_cast<std::int64_t>(gaps[i + lane]);
-      const auto want = std::upper_bound(bounds.begin(), bounds.end(), std::abs(gap)) - bounds.begin();
-      expect(got[lane] == want && freshet::attention::time_bucket(table, -gap) == want,
-             "bucket of " + std::to_string(gap));
-    }
-  }
-}
-
+// `change` makes a good call a bad one.
 template <typename F>
-void expect_refused(const F& f, const std::string& what) {
+void expect_refused(const std::string& why, const F& change) {
+  Call call({5}, {3}, 1, 4, 4, 100, 1);
+  change(call);
+  std::vector<float> y(call.y_gradient.size());
   try {
-    f();
-    expect(false, what + " is not refused");
-  } catch (const std::invalid_argument&) {
+    freshet::attention::forward(call.in, y.data(), 1);
+    expect(false, "not refused, though " + why);
+  } catch (const std::invalid_argument& error) {
+    expect(error.what() == why, "refused for '" + std::string(error.what()) + "', not for '" + why + "'");
   }
+}
+
+void set_offsets(Call& call, std::vector<std::int64_t> keys, std::vector<std::int64_t> rows) {
+  call.in.sequences = keys.size() - 1;
+  call.offsets = std::move(keys), call.row_offsets = std::move(rows);
+  call.in.offsets = call.offsets.data(), call.in.row_offsets = call.row_offsets.data();
+  for (auto* const rows : {&call.begin, &call.end, &call.prefix}) std::fill(rows->begin(), rows->end(), 0);
 }
 
 void bad_input_is_refused() {
-  Call call({5}, {5}, 1, 4, 4, 100, 1);
-  std::vector<float> y(call.y_gradient.size());
-  const auto forward = [&] { freshet::attention::forward(call.in, y.data(), 1); };
-  call.end[2] = 6;
-  expect_refused(forward, "an interval beyond its sequence");
-  call.end[2] = 5, call.begin[2] = -1;
-  expect_refused(forward, "a negative interval");
-  call.begin[2] = 0, call.prefix[0] = 6;
-  expect_refused(forward, "a prefix beyond its sequence");
-  call.prefix[0] = 0, call.offsets[1] = 6;
-  expect_refused(forward, "offsets beyond the keys");
-  call.offsets[1] = 5, call.bounds[100] = call.bounds[101] + 1;
-  expect_refused(forward, "boundaries that do not ascend");
+  expect_refused("an interval leaves its sequence", [](Call& call) { call.end[2] = 6; });
+  expect_refused("an interval leaves its sequence", [](Call& call) { call.begin[2] = -1; });
+  expect_refused("an interval leaves its sequence", [](Call& call) { call.begin[2] = 4, call.end[2] = 3; });
+  expect_refused("a prefix leaves its sequence", [](Call& call) { call.prefix[0] = 6; });
+  expect_refused("a prefix leaves its sequence", [](Call& call) { call.prefix[0] = -1; });
+  expect_refused("offsets must begin with 0", [](Call& call) { call.offsets[0] = 1; });
+  expect_refused("offsets must begin with 0", [](Call& call) { call.row_offsets[0] = 1; });
+  expect_refused("offsets must end with the number of keys", [](Call& call) { call.offsets[1] = 6; });
+  expect_refused("row_offsets must end with the number of rows", [](Call& call) { call.row_offsets[1] = 2; });
+  expect_refused("row_offsets must ascend", [](Call& call) { set_offsets(call, {0, 1000, 5}, {0, 1000, 3}); });
+  expect_refused("row_offsets must ascend", [](Call& call) { set_offsets(call, {0, 2, 2, 5}, {0, 2, 0, 3}); });
+  expect_refused("a sequence needs as many keys as rows at least",
+                 [](Call& call) { set_offsets(call, {0, 2, 5}, {0, 3, 3}); });
+  expect_refused("attention needs at least one head and one number per head", [](Call& call) { call.in.dqk = 0; });
+  expect_refused("a row of q, k or v overlaps the next one", [](Call& call) { call.in.v_stride = 3; });
+  expect_refused("the attention normaliser must be positive", [](Call& call) { call.in.normaliser = NAN; });
+  expect_refused("position weights must not be empty", [](Call& call) { call.in.positions = 0; });
+  expect_refused("time boundaries must ascend", [](Call& call) { std::swap(call.bounds[100], call.bounds[101]); });
+  expect_refused("two time boundaries lie closer together than a quarter of a power of two",
+                 [](Call& call) { call.bounds[30] = call.bounds[31] - 1; });
   setenv("FRESHET_ISA", "abacus", 1);
-  expect_refused([] { freshet::attention::instruction_set(); }, "an unknown instruction set");
+  try {
+    freshet::attention::instruction_set();
+    expect(false, "an unknown instruction set is not refused");
+  } catch (const std::invalid_argument&) {
+  }
   unsetenv("FRESHET_ISA");
 }
 
 }  // namespace
 
 int main() {
-  exp_is_accurate();
-  time_buckets_are_exact();
+  test_vectors();
   for (const char* isa : {"portable", "avx2", "avx512"}) {
     setenv("FRESHET_ISA", isa, 1);
     try {
