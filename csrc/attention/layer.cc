@@ -53,7 +53,13 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+void check(const LayerNorm& norm) {
+  require((norm.weight == nullptr) == (norm.bias == nullptr),
+          "a layer norm needs weight and bias or neither: give nn.LayerNorm bias=True or elementwise_affine=False");
+}
+
 void check(const Project& in) {
+  check(in.norm);
   std::size_t columns = 0;
   for (const std::size_t part : in.parts) columns += part;
   require(in.dim > 0 && columns > 0 && columns == in.columns,
@@ -62,6 +68,7 @@ void check(const Project& in) {
 }
 
 void check(const Finish& in) {
+  check(in.norm);
   require(in.dim > 0 && in.width > 0, "the end of a layer needs numbers in and out");
   require(in.dropout >= 0 && in.dropout < 1, "dropout must be at least 0 and below 1");
 }

@@ -211,9 +211,47 @@ void end_of_layer(const std::string& isa) {
   }
 }
 
+// `change` makes a good call a bad one.
+template <typename In, typename F>
+void expect_refused(In in, const F& run, const std::string& why, void (*change)(In&)) {
+  change(in);
+  try {
+    run(in);
+    expect(false, "not refused, though " + why);
+  } catch (const std::invalid_argument& error) {
+    expect(std::string(error.what()).find(why) == 0, "refused for '" + std::string(error.what()) + "', not for " + why);
+  }
+}
+
+void bad_input_is_refused() {
+  const std::vector<float> numbers(16, 1.0f);
+  std::vector<float> out(16);
+  Project project;
+  project.rows = 1, project.dim = 2, project.columns = project.silu_columns = 4;
+  std::fill(project.parts, project.parts + kParts, 1);
+  project.x = project.weight = numbers.data();
+  float* const parts[kParts] = {&out[0], &out[1], &out[2], &out[3]};
+  const auto begin = [&](const Project& in) { project_forward(in, parts, 1); };
+  begin(project);
+  expect_refused<Project>(project, begin, "a projection needs numbers in", [](Project& in) { in.dim = 0; });
+  expect_refused<Project>(project, begin, "a projection needs numbers in", [](Project& in) { in.parts[1] = 2; });
+  expect_refused<Project>(project, begin, "SiLU on more columns", [](Project& in) { in.silu_columns = 5; });
+  expect_refused<Project>(project, begin, "a layer norm needs", [](Project& in) { in.norm.weight = in.x; });
+  Finish finish;
+  finish.rows = 1, finish.dim = finish.width = 2;
+  finish.x = finish.u = finish.a = finish.weight = numbers.data();
+  const auto end = [&](const Finish& in) { finish_forward(in, out.data(), 1); };
+  end(finish);
+  expect_refused<Finish>(finish, end, "the end of a layer needs", [](Finish& in) { in.width = 0; });
+  expect_refused<Finish>(finish, end, "dropout must be", [](Finish& in) { in.dropout = 1; });
+  expect_refused<Finish>(finish, end, "dropout must be", [](Finish& in) { in.dropout = -0.1f; });
+  expect_refused<Finish>(finish, end, "a layer norm needs", [](Finish& in) { in.norm.bias = in.x; });
+}
+
 }  // namespace
 
 void test_layers(const std::string& isa) {
   projection(isa);
   end_of_layer(isa);
+  bad_input_is_refused();
 }

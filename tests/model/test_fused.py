@@ -236,3 +236,11 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         norm_gate_project(x, cube, cube, norm, nn.Linear(4, 4), gate="product", dropout=0, training=False)
     with pytest.raises(BadInput, match="12 to D"):
         norm_gate_project(x, x, x, norm, nn.Linear(4, 4), gate="concat", dropout=0, training=False)
+
+
+def test_a_norm_with_a_weight_alone_is_refused() -> None:
+    norm, x = nn.LayerNorm(4, bias=False), torch.randn(3, 4)
+    with pytest.raises(ValueError, match="bias=True or elementwise_affine=False"):
+        norm_silu_project(x, norm, torch.randn(4, 8), None, [2, 2, 2, 2], 8)
+    with pytest.raises(ValueError, match="bias=True or elementwise_affine=False"):
+        norm_gate_project(x, x, x, norm, nn.Linear(4, 4), gate="product", dropout=0, training=False)
