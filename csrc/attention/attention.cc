@@ -58,7 +58,7 @@ std::size_t rows_of_a_task(std::size_t rows, bool backward) {
   return ((rows + kBackwardTasks - 1) / kBackwardTasks + kMaxRowTile - 1) / kMaxRowTile * kMaxRowTile;
 }
 
-// The keys that some row of the task may see, in whole tiles.
+// The keys that some row of the task may see, from the beginning of a tile on.
 void set_seen(Task& task) {
   const Inputs& in = *task.in;
   std::size_t seen = task.own, end = task.own + task.rows;  // each row sees itself
@@ -69,7 +69,7 @@ void set_seen(Task& task) {
     end = std::max(end, static_cast<std::size_t>(in.end[i]));
   }
   task.seen = seen / kKeyTile * kKeyTile;
-  task.seen_end = std::min(task.keys, (end + kKeyTile - 1) / kKeyTile * kKeyTile);
+  task.seen_end = end;
 }
 
 Plan make_plan(const Inputs& in, const TimeTable& times, bool backward) {

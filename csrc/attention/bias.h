@@ -88,7 +88,7 @@ inline void set_time_buckets(const Bias& bias, const Rows& rows, const Span& spa
 inline void set_bias(const Bias& bias, const Rows& rows, const Span& span, float* out, std::int32_t* buckets) {
   if (bias.time_weights != nullptr) set_time_buckets(bias, rows, span, buckets);
   for (std::size_t r = 0; r < rows.count; ++r) {
-    const std::int64_t offset = static_cast<std::int64_t>(span.first_key) - rows.anchor[r];
+    const std::int64_t offset = static_cast<std::int64_t>(span.first_key) - rows.end[r];
     const std::int64_t self = rows.self[r] - static_cast<std::int64_t>(span.first_key);
     float* line = out + r * kKeyTile;
     if (bias.position != nullptr) {
@@ -134,7 +134,7 @@ inline void add_bias_gradient(const Bias& bias, const Rows& rows, const Span& sp
       bias.position_sum[0] += line[self];
       line[self] = 0;
     }
-    float* sums = bias.position_sum + (static_cast<std::int64_t>(span.first_key) - rows.anchor[r]);
+    float* sums = bias.position_sum + (static_cast<std::int64_t>(span.first_key) - rows.end[r]);
     for (std::size_t c = span.start(); c < span.stop(); c += kLanes) store(sums + c, load(sums + c) + load(line + c));
   }
 }
@@ -147,8 +147,7 @@ inline void finish_bias_gradient(const Bias& bias, const TaskGradients& out) {
     for (std::size_t d = 0; d <= bias.task->keys; ++d) {
       out.position_weights[smaller(d, count - 1)] += bias.position_sum[-static_cast<std::int64_t>(d)];
     }
-    for (std::size_t x = 1; x < round_up(bias.task->keys, kKeyTile); ++x)
-      out.position_weights[0] += bias.position_sum[x];
+    for (std::size_t x = 1; x < bias.task->keys; ++x) out.position_weights[0] += bias.position_sum[x];
   }
   if (bias.time_sum == nullptr) return;
   for (std::size_t b = 0; b < kTimeBuckets; ++b) {

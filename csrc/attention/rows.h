@@ -7,12 +7,11 @@
 namespace freshet::attention {
 namespace {
 
-// Positions are relative to the sequence's first key. Row r sees [0, prefix), [begin, end) and itself; prefix <= begin.
+// Positions are relative to the sequence's first key. Row r sees [0, prefix), [begin, end) and itself.
 struct Rows {
   std::size_t count = 0;
   std::size_t first = 0;  // of all rows of the call
   std::int64_t prefix[kMaxRowTile], begin[kMaxRowTile], end[kMaxRowTile], self[kMaxRowTile];
-  std::int64_t anchor[kMaxRowTile];  // where distances are counted from: the interval's end as it was given
   std::int64_t longest_prefix = 0, lowest = 0, highest = 0;  // beyond the prefixes: all they see is [lowest, highest)
 };
 
@@ -25,11 +24,8 @@ inline void set_rows(const Task& task, std::size_t from, std::size_t count, Rows
   for (std::size_t r = 0; r < count; ++r) {
     const std::size_t row = rows.first + r;
     const std::int64_t prefix = task.in->prefix != nullptr ? task.in->prefix[row] : 0;
-    std::int64_t begin = task.in->begin[row], end = task.in->end[row];
+    const std::int64_t begin = task.in->begin[row], end = task.in->end[row];
     const auto self = static_cast<std::int64_t>(task.own + from + r);
-    rows.anchor[r] = end;
-    begin = begin < prefix ? prefix : begin;
-    end = end < begin ? begin : end;
     rows.prefix[r] = prefix, rows.begin[r] = begin, rows.end[r] = end, rows.self[r] = self;
     const std::int64_t low = begin < end && begin < self ? begin : self, high = end > self ? end : self + 1;
     if (prefix > rows.longest_prefix) rows.longest_prefix = prefix;

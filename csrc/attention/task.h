@@ -21,11 +21,11 @@ struct Task {
   std::size_t first_row, rows;  // of the task
   std::size_t own;              // key position, within the sequence, of the task's first row
   std::size_t row_tile;         // rows of a tile, a multiple of 4
-  std::size_t seen, seen_end;   // its rows see no keys of the sequence but some of [seen, seen_end): whole key tiles
+  std::size_t seen, seen_end;   // its rows see no keys of the sequence but some of [seen, seen_end); seen begins a tile
 };
 
 // Where one task puts its share of the gradients. k and v are [end - first][heads][d]: of the keys [first, end) of the
-// task's sequence, whole key tiles, among which are all that it sees.
+// task's sequence, among which are all that it sees; first begins a tile.
 struct TaskGradients {
   const void* y;
   void* q;
