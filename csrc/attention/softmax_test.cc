@@ -121,6 +121,29 @@ void extreme_scores(const std::string& isa) {
   expect(std::isnan(run(p, 1).loss), isa + " softmax: a NaN is lost");
 }
 
+// All scores are far below zero, and one of them far above the others.
+void one_item_stands_out(const std::string& isa) {
+  for (std::size_t place = 0; place < 65; ++place) {
+    Problem p(1, 65, 1, 1000);
+    std::fill(p.table.begin(), p.table.end(), -2.0f);
+    p.vectors[0] = 1, p.table[place] = -1, p.wanted[0] = static_cast<std::int64_t>(place);
+    const double loss = run(p, 1).loss;
+    expect(std::abs(loss) < 1e-6, isa + " softmax, item " + std::to_string(place) + ": " + std::to_string(loss));
+  }
+}
+
+void an_empty_softmax_is_refused() {
+  for (std::size_t Softmax::*const size : {&Softmax::rows, &Softmax::items, &Softmax::dim}) {
+    Problem p(2, 3, 4, 1);
+    p.in.*size = 0;
+    try {
+      run(p, 1);
+      expect(false, "softmax: nothing to do is not refused");
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
 void bad_items_are_refused() {
   for (const std::int64_t wanted : {-1, 3}) {
     Problem p(2, 3, 4, 1);
@@ -139,5 +162,7 @@ void test_softmax(const std::string& isa) {
   equals_the_definition(isa);
   no_thread_changes_a_bit(isa);
   extreme_scores(isa);
+  one_item_stands_out(isa);
+  an_empty_softmax_is_refused();
   bad_items_are_refused();
 }
