@@ -1,5 +1,5 @@
 // The kernels of every instruction set this machine has, against the definition in double.
-#include "attention.h"
+#include "attention_call.h"
 
 #include <algorithm>
 #include <cmath>
@@ -32,129 +32,6 @@ void test_softmax(const std::string& isa);  // softmax_test.cc
 
 namespace {
 
-using freshet::attention::Gradients;
-using freshet::attention::Inputs;
-using freshet::attention::Storage;
-
-// One random call and its arrays.
-struct Call {
-  std::vector<std::int64_t> offsets{0}, row_offsets{0}, begin, end, prefix, query_time, key_time, self_gap,
-      bounds = boundaries();
-  std::vector<float> q, k, v, y_gradient, position, time;
-  Inputs in;
-
-  Call(const std::vector<std::size_t>& keys, const std::vector<std::size_t>& rows, std::size_t heads, std::size_t dqk,
-       std::size_t dv, std::int64_t time_range, unsigned seed) {
-    std::mt19937_64 random(seed);
-    const auto below = [&](std::int64_t n) {
-      return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
-    };
-    const auto fill = [&](std::vector<float>& to, std::size_t n, float scale) {
-      to.resize(n);
-      for (float& x : to) x = scale * (static_cast<float>(below(20001)) / 10000 - 1);
-    };
-    for (std::size_t s = 0; s < keys.size(); ++s) {
-      offsets.push_back(offsets.back() + static_cast<std::int64_t>(keys[s]));
-      row_offsets.push_back(row_offsets.back() + static_cast<std::int64_t>(rows[s]));
-      const auto n = static_cast<std::int64_t>(keys[s]);
-      for (std::size_t r = 0; r < rows[s]; ++r) {
-        const std::int64_t a = below(n + 1), b = below(n + 1);
-        begin.push_back(std::min(a, b)), end.push_back(std::max(a, b)), prefix.push_back(below(4) ? 0 : below(n + 1));
-        query_time.push_back(below(time_range)), self_gap.push_back(below(1000));
-      }
-      for (std::size_t j = 0; j < keys[s]; ++j) key_time.push_back(below(time_range));
-    }
-    in.sequences = keys.size(), in.heads = heads, in.dqk = dqk, in.dv = dv;
-    in.keys = key_time.size(), in.rows = query_time.size();
-    fill(q, in.rows * heads * dqk, 1), fill(k, in.keys * heads * dqk, 1), fill(v, in.keys * heads * dv, 1);
-    fill(y_gradient, in.rows * heads * dv, 1), fill(position, 37, 2), fill(time, 129, 2);
-    in.q = q.data(), in.k = k.data(), in.v = v.data();
-    in.q_stride = in.k_stride = heads * dqk, in.v_stride = heads * dv;
-    in.offsets = offsets.data(), in.row_offsets = row_offsets.data();
-    in.begin = begin.data(), in.end = end.data(), in.prefix = prefix.data();
-    in.alpha = 0.7f, in.normaliser = 9;
-    in.position_weights = position.data(), in.positions = position.size(), in.time_weights = time.data();
-    in.boundaries = bounds.data();
-    in.query_time = query_time.data(), in.key_time = key_time.data(), in.self_gap = self_gap.data();
-  }
-};
-
-struct Result {
-  std::vector<float> y, q, k, v, position, time;
-};
-
-Result run(const Call& call, std::size_t threads) {
-  Result out;
-  out.y.assign(call.y_gradient.size(), NAN), out.q.assign(call.q.size(), NAN), out.k.assign(call.k.size(), NAN);
-  out.v.assign(call.v.size(), NAN), out.position.assign(call.position.size(), NAN), out.time.assign(129, NAN);
-  freshet::attention::forward(call.in, out.y.data(), threads);
-  const Gradients gradients{call.y_gradient.data(), out.q.data(),        out.k.data(),
-                            out.v.data(),           out.position.data(), out.time.data()};
-  freshet::attention::backward(call.in, gradients, threads);
-  return out;
-}
-
-struct Expected {
-  std::vector<double> y, q, k, v, position, time;
-};
-
-// One pair (row i, key j of the whole batch) of the definition.
-void add_pair(const Call& c, std::size_t i, std::size_t j, std::size_t distance, std::int64_t gap, Expected& out) {
-  const Inputs& in = c.in;
-  const std::size_t p = std::min(distance, in.positions - 1);
-  const auto b =
-      static_cast<std::size_t>(std::upper_bound(c.bounds.begin(), c.bounds.end(), std::abs(gap)) - c.bounds.begin());
-  for (std::size_t h = 0; h < in.heads; ++h) {
-    const std::size_t qi = (i * in.heads + h) * in.dqk, kj = (j * in.heads + h) * in.dqk;
-    const std::size_t yi = (i * in.heads + h) * in.dv, vj = (j * in.heads + h) * in.dv;
-    double score = static_cast<double>(c.position[p]) + c.time[b], back = 0;
-    for (std::size_t d = 0; d < in.dqk; ++d) score += static_cast<double>(in.alpha) * c.q[qi + d] * c.k[kj + d];
-    const double part = 1 / (1 + std::exp(-score)), weight = score * part / in.normaliser;
-    for (std::size_t e = 0; e < in.dv; ++e) {
-      out.y[yi + e] += weight * c.v[vj + e];
-      out.v[vj + e] += weight * c.y_gradient[yi + e];
-      back += static_cast<double>(c.v[vj + e]) * c.y_gradient[yi + e];
-    }
-    back *= part * (1 + score * (1 - part)) / in.normaliser;
-    for (std::size_t d = 0; d < in.dqk; ++d) {
-      out.q[qi + d] += static_cast<double>(in.alpha) * back * c.k[kj + d];
-      out.k[kj + d] += static_cast<double>(in.alpha) * back * c.q[qi + d];
-    }
-    out.position[p] += back, out.time[b] += back;
-  }
-}
-
-Expected definition(const Call& c) {
-  Expected out;
-  out.y.resize(c.y_gradient.size()), out.q.resize(c.q.size()), out.k.resize(c.k.size()), out.v.resize(c.v.size());
-  out.position.resize(c.position.size()), out.time.resize(129);
-  for (std::size_t s = 0; s < c.in.sequences; ++s) {
-    for (std::int64_t i = c.row_offsets[s]; i < c.row_offsets[s + 1]; ++i) {
-      const auto row = static_cast<std::size_t>(i);
-      const std::int64_t self = c.offsets[s + 1] - (c.row_offsets[s + 1] - i);
-      add_pair(c, row, static_cast<std::size_t>(self), 0, c.self_gap[row], out);
-      for (std::int64_t j = c.offsets[s]; j < c.offsets[s + 1]; ++j) {
-        const std::int64_t local = j - c.offsets[s];
-        if (j == self || !(local < c.prefix[row] || (c.begin[row] <= local && local < c.end[row]))) continue;
-        const std::int64_t distance = std::max<std::int64_t>(c.end[row] - local, 0);
-        add_pair(c, row, static_cast<std::size_t>(j), static_cast<std::size_t>(distance),
-                 c.query_time[row] - c.key_time[static_cast<std::size_t>(j)], out);
-      }
-    }
-  }
-  return out;
-}
-
-void expect_near(const std::vector<float>& got, const std::vector<double>& want, const std::string& what) {
-  double scale = 1e-3, error = 0;
-  for (std::size_t i = 0; i < want.size(); ++i) {
-    scale = std::max(scale, std::abs(want[i]));
-    const double off = std::abs(static_cast<double>(got[i]) - want[i]);
-    error = off <= error ? error : off;  // NaN counts
-  }
-  expect(error <= 1e-5 * scale, what + " is off by " + std::to_string(error / scale));
-}
-
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -166,15 +43,78 @@ void kernels_equal_the_definition(const std::string& isa) {
       ++seed;
       const Call call({3, 0, 1, 64, 65, 130, 40}, {3, 0, 1, 64, 20, 130, 0}, 1 + seed % 3, width, 51 - width, range,
                       seed);
-      const Result got = run(call, 1);
-      const Expected want = definition(call);
-      const std::string name = isa + " width " + std::to_string(width) + ": ";
-      expect_near(got.y, want.y, name + "y"), expect_near(got.q, want.q, name + "grad q");
-      expect_near(got.k, want.k, name + "grad k"), expect_near(got.v, want.v, name + "grad v");
-      expect_near(got.position, want.position, name + "grad position"),
-          expect_near(got.time, want.time, name + "grad time");
+      expect_definition(call, isa + " width " + std::to_string(width));
     }
   }
+}
+
+// What one row of a sequence sees, by its own position among the keys.
+struct Seen {
+  std::int64_t begin, end, prefix;
+};
+
+void set_seen(Call& call, Seen (*seen)(std::int64_t self)) {
+  for (std::size_t s = 0; s < call.in.sequences; ++s) {
+    for (std::int64_t i = call.row_offsets[s]; i < call.row_offsets[s + 1]; ++i) {
+      const auto row = static_cast<std::size_t>(i);
+      const Seen one = seen(call.offsets[s + 1] - call.offsets[s] - (call.row_offsets[s + 1] - i));
+      call.begin[row] = one.begin, call.end[row] = one.end, call.prefix[row] = one.prefix;
+    }
+  }
+}
+
+void patterns_equal_the_definition(const std::string& isa) {
+  using Self = std::int64_t;
+  const auto check = [&](const char* name, std::size_t keys, std::size_t rows, Seen (*seen)(Self)) {
+    Call call({keys}, {rows}, 2, 5, 3, 1 << 20, 7);
+    set_seen(call, seen);
+    expect_definition(call, isa + " " + name);
+  };
+  check("candidates behind 37 keys", 130, 40, [](Self) { return Seen{0, 37, 0}; });
+  check("a last candidate that sees less", 130, 40, [](Self self) { return Seen{0, self == 129 ? 20 : 37, 0}; });
+  check("candidates behind a prefix", 130, 40, [](Self) { return Seen{0, 0, 37}; });
+  check("a prefix beyond the rows", 130, 130, [](Self) { return Seen{0, 0, 130}; });
+  check("a prefix over the window", 130, 130, [](Self self) { return Seen{self / 2, self, self / 4 + 20}; });
+  check("a window", 200, 200, [](Self self) { return Seen{std::max<Self>(0, self - 7), self, 0}; });
+  check("rows in falling order of what they see", 200, 200, [](Self self) { return Seen{199 - self, 200 - self, 0}; });
+  check("keys that no row sees", 200, 10, [](Self) { return Seen{70, 80, 0}; });
+}
+
+// More than 1,024 rows are several tasks, each of which keeps the gradients of the keys that it sees.
+void tasks_that_share_a_sequence_equal_the_definition(const std::string& isa) {
+  using Self = std::int64_t;
+  const auto check = [&](const char* name, Seen (*seen)(Self)) {
+    Call call({1200}, {1200}, 1, 3, 2, 1 << 20, 8);
+    set_seen(call, seen);
+    expect_definition(call, isa + " tasks: " + name);
+  };
+  check("only themselves", [](Self) { return Seen{0, 0, 0}; });
+  check("a window", [](Self self) { return Seen{std::max<Self>(0, self - 50), self, 0}; });
+  check("a key behind the task", [](Self self) { return Seen{self, self == 5 ? 1150 : self, 0}; });
+  check("a prefix behind the task", [](Self self) { return Seen{self, self, self == 5 ? 1150 : 0}; });
+  check("a prefix before the task", [](Self self) { return Seen{self, self, self == 1150 ? 20 : 0}; });
+}
+
+// One clock far from the others makes gaps of more than 31 bits, whichever it is.
+void far_times_equal_the_definition(const std::string& isa) {
+  const auto check = [&](const char* name, void (*change)(Call&, std::int64_t), std::int64_t shift) {
+    Call call({1, 70}, {1, 70}, 1, 4, 4, 1 << 20, 9);
+    call.in.self_gap = nullptr;
+    std::fill(call.self_gap.begin(), call.self_gap.end(), 0);
+    change(call, shift);
+    expect_definition(call, isa + " " + name + " " + std::to_string(shift) + " s away");
+  };
+  for (const std::int64_t shift : {std::int64_t{0}, std::int64_t{3} << 30, std::int64_t{1} << 40}) {
+    for (const std::int64_t there : {shift, -shift}) {
+      check("all queries", [](Call& c, std::int64_t by) { for (auto& time : c.query_time) time += by; }, there);
+      check("one query", [](Call& c, std::int64_t by) { c.query_time.back() += by; }, there);
+      check("one key", [](Call& c, std::int64_t by) { c.key_time.back() += by; }, there);
+    }
+  }
+  Call call({1, 2}, {1, 2}, 1, 4, 4, 1, 10);
+  call.query_time = {0, 0, std::int64_t{1} << 31}, call.begin[2] = 0, call.end[2] = 1;
+  call.in.query_time = call.query_time.data();
+  expect_definition(call, isa + " a gap of 2^31 s");
 }
 
 // 1,100 rows are two tasks, whose gradients of keys are added up.
@@ -254,6 +194,9 @@ int main() {
       continue;
     }
     kernels_equal_the_definition(isa);
+    patterns_equal_the_definition(isa);
+    tasks_that_share_a_sequence_equal_the_definition(isa);
+    far_times_equal_the_definition(isa);
     threads_change_no_bit(isa);
     test_layers(isa);
     test_softmax(isa);

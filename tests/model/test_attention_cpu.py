@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -52,6 +54,30 @@ def test_bfloat16_is_the_reference_rounded(case: Case, isa: str) -> None:
 def test_a_sequence_of_several_tasks_equals_the_reference(isa: str) -> None:
     case = random_case([1500, 40], None, 1, 12, 20, seed=3, window=300, positions=2000)
     assert_equals_reference(case)
+
+
+def test_large_scores_equal_the_reference(isa: str) -> None:
+    """SiLU of hundreds is the score itself, and of minus hundreds nothing."""
+    case = random_case([70], None, 1, 8, 5, seed=6)
+    assert_equals_reference(replace(case, alpha=200.0))
+
+
+def test_bfloat16_has_the_bits_of_float32_rounded(isa: str) -> None:
+    """Sums are float32 in both: with and without several tasks, of which 1,024 rows are one."""
+    case = random_case([1100, 70], None, 1, 7, 5, seed=8, window=30, dtype=torch.bfloat16)
+    exact = case.run("cpu", torch.float32)
+    assert_same_bits(case.run("cpu"), [x.to(torch.bfloat16) for x in exact[:4]] + exact[4:])
+
+
+@pytest.mark.parametrize("length", [1, 1100])
+def test_bfloat16_rounds_ties_to_even(length: int) -> None:
+    """Rows that see themselves alone: SiLU(33) = 33, and 33 * 9 = 297 lies between 296 and 298."""
+    q, k, v = (torch.full((length, 1, 1), x, dtype=torch.bfloat16, requires_grad=True) for x in (33.0, 1.0, 9.0))
+    seen = Visibility(torch.tensor([0, length]), *[torch.zeros(length, dtype=torch.int64)] * 2)
+    y = attention(q, k, v, seen, alpha=1, normaliser=1, kernel="cpu")
+    y.backward(torch.full_like(y, 9))
+    assert v.grad is not None
+    assert y.unique().tolist() == v.grad.unique().tolist() == [296.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
