@@ -197,7 +197,7 @@ def _iso_microseconds(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.b
 def _iso_time(text: Any) -> np.datetime64:
     try:
         return np.datetime64(parse_time(text).replace(tzinfo=None), "us")
-    except (BadInput, AttributeError, TypeError, OverflowError):
+    except (BadInput, TypeError, OverflowError):
         return np.datetime64("NaT", "us")
 
 
