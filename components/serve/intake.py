@@ -7,12 +7,13 @@ import json
 from concurrent.futures import Future
 from typing import Any
 
+import pyarrow as pa
+
 from components.schemas import ACTION_EVENTS, EARLIEST_US, IMPRESSIONS
 from components.serve.api import ActionIn, EventsBody, EventsRecorded, ImpressionIn, Refused, Rejection
 from components.serve.history import History, clock_us
 from components.serve.journal import Journal, Rows
 from components.serve.metrics import Metrics
-from components.serve.shipping import to_table
 
 _FIELDS = {"timestamp_us": "timestamp"}
 
@@ -76,7 +77,8 @@ class Intake:
         try:
             for row in rows["impressions"] + rows["actions"]:
                 row["received_at"] = received_at
-            tables = to_table(rows["impressions"], IMPRESSIONS), to_table(rows["actions"], ACTION_EVENTS)
+            impressions = pa.Table.from_pylist(rows["impressions"], IMPRESSIONS)
+            actions = pa.Table.from_pylist(rows["actions"], ACTION_EVENTS)
             written = journal.append({kind: part for kind, part in rows.items() if part})
         except BaseException:
             self.history.release(received_at)
@@ -84,7 +86,7 @@ class Intake:
 
         def known(done: Future[None]) -> None:
             if not done.cancelled() and done.exception() is None:
-                self.history.commit(received_at, *tables)
+                self.history.commit(received_at, impressions, actions)
             else:
                 self.history.release(received_at)
 

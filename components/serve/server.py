@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 
+import pyarrow as pa
+
 from components.rollout.state import RolloutState
 from components.schemas import IMPRESSIONS
 from components.serve.api import Status, TrackStatus, VersionStatus
@@ -20,7 +22,6 @@ from components.serve.loaded import LoadedVersion
 from components.serve.metrics import Metrics
 from components.serve.recommender import Recommender
 from components.serve.shadow import Shadow
-from components.serve.shipping import to_table
 from components.serve.tally import Tally
 from components.storage import Storage
 
@@ -63,7 +64,8 @@ class Server:
         """Take the journal and ship what a crash left; BadInput if another server holds it. `start` does it too."""
         if self._journal is not None:
             return
-        to_table([], IMPRESSIONS)  # the first conversion loads pandas, for a second or more: not during a request
+        # the first conversion loads pandas, for a second or more: not during a request
+        pa.Table.from_pylist([], IMPRESSIONS)
         folder = self.config.journal_folder()
         self._journal = Journal(folder, self.storage, self.config.flush_interval_s)
         if not self.config.journal:

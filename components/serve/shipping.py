@@ -43,19 +43,7 @@ def ship(storage: Storage, name: str, records: Iterable[dict[str, list[dict[str,
                 files[path].append(row)
     for path, rows in sorted(files.items()):
         if not storage.exists(path):
-            storage.write_table(path, to_table(rows, SCHEMAS[kinds[path]]))
-
-
-def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows with int microsecond times -> table; absent nullable fields become null."""
-    columns = [_column([row.get(field.name) for row in rows], field.type) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_timestamp(kind):
-        return pa.array(values, pa.int64()).cast(kind)
-    return pa.array(values, kind)
+            storage.write_table(path, pa.Table.from_pylist(rows, SCHEMAS[kinds[path]]))
 
 
 def _folder(kind: str, row: dict[str, Any]) -> str:

@@ -30,7 +30,6 @@ from components.schemas import ACTION_EVENTS, IMPRESSIONS, ITEMS
 from components.serve.app import create_app
 from components.serve.config import ServeConfig
 from components.serve.server import Server
-from components.serve.shipping import to_table
 from components.serve.user import build_events, split_by_user
 from components.storage import Storage
 from model.catalogue import ItemCatalogue
@@ -65,7 +64,7 @@ def items_of(wanted: int) -> list[int]:
 
 def item_rows(item_ids: list[int] = ITEM_IDS, **fixed: Any) -> pa.Table:
     rows = [{"item_id": i, "author_id": 0, "category": category(i), "duration_s": 10.0} | fixed for i in item_ids]
-    return to_table(rows, ITEMS)
+    return pa.Table.from_pylist(rows, ITEMS)
 
 
 def catalogue() -> ItemCatalogue:
@@ -85,7 +84,7 @@ def sessions(users: range, start_us: int, requests: int = 8, seed: int = 0) -> t
                 if category(item) == 1 + user % CATEGORIES:
                     later = time_us + 5_000_000
                     acted.append({**key, "timestamp": later, "received_at": later, "action": "click"})
-    return to_table(shown, IMPRESSIONS), to_table(acted, ACTION_EVENTS)
+    return pa.Table.from_pylist(shown, IMPRESSIONS), pa.Table.from_pylist(acted, ACTION_EVENTS)
 
 
 def dataset(impressions: pa.Table, actions: pa.Table) -> SequenceDataset:

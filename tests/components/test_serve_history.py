@@ -20,7 +20,6 @@ from components.serve.history import History
 from components.serve.intake import Intake
 from components.serve.journal import Journal
 from components.serve.metrics import Metrics
-from components.serve.shipping import to_table
 from components.storage import Storage
 from components.windows import Window, from_us
 from model.inputs import Queries, UserEvents, build_tokens
@@ -62,7 +61,7 @@ def action(request_id: int, item_id: int, at: int, name: str = "click", **more: 
 
 
 def tables(impressions: list[dict[str, Any]], actions: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
-    return to_table(impressions, IMPRESSIONS), to_table(actions, ACTION_EVENTS)
+    return pa.Table.from_pylist(impressions, IMPRESSIONS), pa.Table.from_pylist(actions, ACTION_EVENTS)
 
 
 def load(h: History, impressions: list[dict[str, Any]], actions: list[dict[str, Any]] | None = None) -> None:
@@ -220,7 +219,7 @@ def test_of_copies_that_come_together_the_one_stays_that_the_join_takes(clock: C
 def test_a_file_that_breaks_the_contract_hides_no_other_and_what_is_optional_may_lack(
     storage: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [to_table([impression(request, 7, 900)], IMPRESSIONS) for request in range(3)]
+    rows = [pa.Table.from_pylist([impression(request, 7, 900)], IMPRESSIONS) for request in range(3)]
     nulls = rows[0].cast(pa.schema([field.with_nullable(True) for field in IMPRESSIONS]))
     nulls = nulls.set_column(1, "user_id", pa.array([None], pa.int64()))
     lists = rows[1].set_column(1, "user_id", pa.array([[1]]))
@@ -228,7 +227,9 @@ def test_a_file_that_breaks_the_contract_hides_no_other_and_what_is_optional_may
     folder = "events/impressions/dt=1970-01-01/hour=00"
     for name, some in {"nulls": nulls, "lists": lists, "plain": plain}.items():
         storage.write_table(f"{folder}/{name}.parquet", some)
-    storage.write_table(f"{folder}/damaged.parquet", to_table([impression(i, i, 900) for i in range(200)], IMPRESSIONS))
+    storage.write_table(
+        f"{folder}/damaged.parquet", pa.Table.from_pylist([impression(i, i, 900) for i in range(200)], IMPRESSIONS)
+    )
     data = storage.read_bytes(f"{folder}/damaged.parquet")
     storage.write_bytes(f"{folder}/damaged.parquet", data[:8] + bytes(300) + data[308:])
     h = history(Clock())

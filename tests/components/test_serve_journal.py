@@ -311,12 +311,12 @@ def test_an_unreachable_store_keeps_events_in_the_journal(
 _WRITERS = """
 import itertools, os, sys, threading
 from pathlib import Path
+import pyarrow as pa
 from components.schemas import IMPRESSIONS
 from components.serve.journal import Journal
-from components.serve.shipping import to_table
 from components.storage import Storage
 
-to_table([], IMPRESSIONS)  # loads what is slow to load, once for all children
+pa.Table.from_pylist([], IMPRESSIONS)  # loads what is slow to load, once for all children
 
 def work(journal, numbers):
     for n in numbers:
