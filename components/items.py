@@ -16,7 +16,7 @@ class Items:
 
     def __init__(self, table: pa.Table) -> None:
         """table: of the schema ITEMS, later rows win."""
-        self.catalogue = ItemCatalogue.from_tables([table])
+        self.catalogue = ItemCatalogue.from_table(table)
         ids = table["item_id"].to_numpy()
         unique, last = np.unique(ids[::-1], return_index=True)
         place = len(ids) - 1 - last

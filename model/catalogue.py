@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
@@ -60,14 +58,10 @@ class ItemCatalogue:
         return cls(none, none, none, np.zeros(0, dtype=np.float32))
 
     @classmethod
-    def from_tables(cls, tables: Iterable[pa.Table]) -> ItemCatalogue:
-        """From tables of the `items` schema, oldest first."""
-        rows = [t.select(["item_id", "author_id", "category", "duration_s"]) for t in tables]
-        if not rows:
-            return cls.empty()
-        whole = pa.concat_tables(rows)
-        columns = [whole[name].fill_null(0).to_numpy() for name in whole.column_names]
-        return cls(*columns)
+    def from_table(cls, table: pa.Table) -> ItemCatalogue:
+        """From a table of the `items` schema, oldest rows first."""
+        names = ("item_id", "author_id", "category", "duration_s")
+        return cls(*(table[name].fill_null(0).to_numpy() for name in names))
 
     def __len__(self) -> int:
         return len(self.item_id)

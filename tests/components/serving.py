@@ -68,7 +68,7 @@ def item_rows(item_ids: list[int] = ITEM_IDS, **fixed: Any) -> pa.Table:
 
 
 def catalogue() -> ItemCatalogue:
-    return ItemCatalogue.from_tables([item_rows()])
+    return ItemCatalogue.from_table(item_rows())
 
 
 def sessions(users: range, start_us: int, requests: int = 8, seed: int = 0) -> tuple[pa.Table, pa.Table]:
