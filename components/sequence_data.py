@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from components import manifests
 from components.errors import BadInput
 from components.manifests import Manifest
 from components.schemas import ITEMS
 from components.storage import Storage
+from spark_jobs.sequences import SEQUENCES
 
 if TYPE_CHECKING:
     from components.items import Items
@@ -57,22 +57,12 @@ def read_part(storage: Storage, manifest: Manifest, part: str) -> Part:
 
     if part not in manifest.files:
         raise BadInput(f"dataset {manifest.name} has no part {part!r}, only {', '.join(manifest.files)}")
-    tables = [storage.read_table(path) for path in manifest.files[part]]
-    tables = [table for table in tables if len(table)]
-    new = {name: _new(tables, name) for name in ("timestamp", "item_id", "user_id", "page", "actions")}
-    return Part(SequenceDataset.from_tables(tables) if len(new["timestamp"]) else None, new)
-
-
-def _new(tables: list[pa.Table], column: str) -> Int64s:
-    """The values of a column from each row's new_from on; a plain column's value belongs to all of its row."""
-    found = [np.empty(0, np.int64)]
-    for table in tables:
-        lengths = pc.list_value_length(table["timestamp"]).to_numpy()
-        is_list = pa.types.is_list(table[column].type) or pa.types.is_large_list(table[column].type)
-        values = pc.list_flatten(table[column]).to_numpy() if is_list else np.repeat(table[column].to_numpy(), lengths)
-        place = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        found.append(values[place >= np.repeat(table["new_from"].to_numpy(), lengths)])
-    return np.concatenate(found).astype(np.int64)
+    tables = [SEQUENCES.empty_table(), *map(storage.read_table, manifest.files[part])]
+    users = SequenceDataset(pa.concat_tables(tables, promote_options="permissive"))
+    is_new = users.is_new()
+    new = {name: users.column(name)[is_new].astype(np.int64) for name in ("timestamp", "item_id", "page", "actions")}
+    new["user_id"] = users.user_id[users.owners()[is_new]]
+    return Part(users if is_new.any() else None, new)
 
 
 def item_files(storage: Storage) -> list[str]:

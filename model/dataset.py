@@ -46,14 +46,6 @@ class SequenceDataset:
             self._values[name], self._offsets[name] = _lists(table[name], name, dtype)
         self._asked = np.zeros(len(self), dtype=np.int64)
 
-    @classmethod
-    def from_tables(cls, tables: Iterable[pa.Table]) -> SequenceDataset:
-        """From the tables of a dataset's parts, in the order of the manifest."""
-        parts = list(tables)
-        if not parts:
-            raise BadInput("no sequence parts to read; check that the dataset's manifest names some")
-        return cls(pa.concat_tables(parts, promote_options="permissive"))
-
     def __len__(self) -> int:
         return len(self.user_id)
 
@@ -67,11 +59,9 @@ class SequenceDataset:
 
     def asking(self, actions: int) -> SequenceDataset:
         """The same users, with one token more for each new interaction that has one of these action bits."""
-        offsets = self._offsets["item_id"]
-        owner = np.repeat(np.arange(len(self)), self.counts())
-        new = np.arange(len(owner)) - offsets[owner] >= self.new_from[owner]
         asking = copy.copy(self)
-        asking._asked = np.bincount(owner[new & ((self._values["actions"] & actions) > 0)], minlength=len(self))
+        asked = self.is_new() & ((self._values["actions"] & actions) > 0)
+        asking._asked = np.bincount(self.owners()[asked], minlength=len(self))
         return asking
 
     def with_context(self, count: int) -> SequenceDataset:
@@ -84,10 +74,6 @@ class SequenceDataset:
         """Several users."""
         return [self[int(index)] for index in indices]
 
-    def interactions(self) -> int:
-        """Number of interactions, context included."""
-        return int(self._offsets["item_id"][-1])
-
     def targets(self) -> int:
         """Number of interactions that are trained on or evaluated."""
         return int(np.maximum(self.counts() - self.new_from, 0).sum())
@@ -95,6 +81,15 @@ class SequenceDataset:
     def counts(self) -> NDArray[np.int64]:
         """(users,) number of interactions."""
         return np.diff(self._offsets["item_id"])
+
+    def owners(self) -> NDArray[np.int64]:
+        """(interactions,) index of the user that each is of."""
+        return np.repeat(np.arange(len(self)), self.counts())
+
+    def is_new(self) -> NDArray[np.bool_]:
+        """(interactions,) which are trained on or evaluated."""
+        owner = self.owners()
+        return np.arange(len(owner)) - self._offsets["item_id"][owner] >= self.new_from[owner]
 
     def column(self, name: str) -> NDArray:
         """An array field of all users, joined; `bounds` says where each user's part begins."""
@@ -169,11 +164,7 @@ def _lists(column: pa.ChunkedArray, name: str, dtype: np.dtype) -> tuple[NDArray
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or column.null_count:
         raise BadInput(f"sequence column {name} must hold lists and no nulls; it is {column.type}")
     array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # no chunk at all
-        array = pa.array([], column.type)
     offsets = array.offsets.to_numpy().astype(np.int64)
-    if not len(offsets):
-        offsets = np.zeros(1, dtype=np.int64)
     if dtype.kind == "i":
         _check_whole(array.values, name)
     values = array.values.to_numpy(zero_copy_only=False)

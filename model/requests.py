@@ -31,7 +31,7 @@ class RequestDataset(SequenceDataset):
         """
         self._users, self._reach = users, reach
         offsets, time, page = users.bounds("item_id"), users.column("timestamp"), users.column("page")
-        owner = np.repeat(np.arange(len(users)), np.diff(offsets))
+        owner = users.owners()
         place = np.arange(len(time)) - offsets[owner]
         same = owner[1:] == owner[:-1]
         if (same & (time[1:] < time[:-1])).any():
@@ -68,9 +68,6 @@ class RequestDataset(SequenceDataset):
     def bounds(self, name: str) -> NDArray[np.int64]:
         """Not known for requests: their histories overlap."""
         raise BadInput("requests share their histories; ask the dataset of users for its columns")
-
-    def interactions(self) -> int:
-        return self._users.interactions()
 
     def counts(self) -> NDArray[np.int64]:
         return self.stop

@@ -366,13 +366,14 @@ def test_an_epoch_has_every_user_once_within_the_token_budget() -> None:
 
 
 def test_sequences_come_back_from_parquet_as_they_were(tmp_path: Path) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     users = [user(1, 5, 1, new_from=2), user(2, 0, 1), user(3, 7, 1)]
     pq.write_table(table(users[:2]), tmp_path / "part-0.parquet")
     pq.write_table(table(users[2:]), tmp_path / "part-1.parquet")
-    dataset = SequenceDataset.from_tables(pq.read_table(tmp_path / f"part-{n}.parquet") for n in (0, 1))
-    assert len(dataset) == 3 and dataset.targets() == 10 and dataset.interactions() == 12
+    dataset = SequenceDataset(pa.concat_tables(pq.read_table(tmp_path / f"part-{n}.parquet") for n in (0, 1)))
+    assert len(dataset) == 3 and dataset.targets() == 10 and len(dataset.is_new()) == 12
     for index, events in enumerate(users):
         for name, value in vars(events).items():
             np.testing.assert_array_equal(getattr(dataset[index], name), value, err_msg=name)
