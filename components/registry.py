@@ -37,10 +37,7 @@ class Version(BaseModel):
     version: int
     run_id: str = Field(description="MLflow run that trained it")
     checkpoint: str = Field(description="folder of its checkpoint, relative to the storage root")
-    dataset: str = Field(description="sequence dataset it was pretrained on")
-    windows: list[str] = Field(description="windows of that dataset")
     parent_version: int | None = Field(default=None, description="version whose parameters it started from")
-    aliases: list[str] = []
 
 
 class Registry:
@@ -212,8 +209,5 @@ def _version(entry: ModelVersion) -> Version:
         version=int(entry.version),
         run_id=entry.run_id or "",
         checkpoint=tags.get(TAG + "checkpoint", ""),
-        dataset=tags.get(TAG + "dataset", ""),
-        windows=json.loads(tags.get(TAG + "windows", "[]")),
         parent_version=int(parent) if parent else None,
-        aliases=sorted(entry.aliases or []),
     )
