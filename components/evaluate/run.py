@@ -13,6 +13,7 @@ examples:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
@@ -51,10 +52,8 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     path = f"evaluations/{config.model}/{config.digest()}.json"
     if not storage.exists(path):
         result = _measure(config, storage)
-        try:
+        with suppress(AlreadyExists):  # somebody else measured the same meanwhile
             storage.create(path, result.model_dump_json(indent=1).encode())
-        except AlreadyExists:
-            return EvaluateResult.model_validate_json(storage.read_bytes(path))
     return EvaluateResult.model_validate_json(storage.read_bytes(path))
 
 
@@ -84,11 +83,10 @@ def _measure(config: EvaluateConfig, storage: Storage) -> EvaluateResult:
     tracker = Tracker(config.tracking_uri)
     manifest = sequence_data.require_dataset(storage, config.dataset)
     part, items = sequence_data.read_part(storage, manifest, config.part), sequence_data.read_items(storage)
-    if part.users is None:
+    if part.event_range is None:
         raise BadInput(f"the {config.part} part of {config.dataset} has no interaction to measure on")
     parameters, settings, label, learned_until = _parameters(config, storage)
-    first = part.event_range[0] if part.event_range else None
-    if config.part == "eval" and first is not None and learned_until is not None and first <= learned_until:
+    if config.part == "eval" and learned_until is not None and part.event_range[0] <= learned_until:
         raise BadInput(
             f"{label} has learned from events up to {from_us(learned_until):%Y-%m-%dT%H:%M:%SZ}, and the eval part of "
             f"{config.dataset} begins before that, which would flatter it; pretrain with --no-learn-eval, or measure "
