@@ -18,6 +18,7 @@ from components.errors import BadInput
 from components.figures import Curve, calibration_plot
 from components.manifests import Manifest
 from components.registry import TAG, connect, origin_tags
+from components.sequence_data import manifest_path
 from components.storage import Storage
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Run:
         if curves:
             self.figure(calibration_plot(curves, title), "calibration.png")
 
-    def dataset(self, storage: Storage, manifest: Manifest, path: str, context: str) -> None:
-        """Note a dataset as the run's input, and keep its manifest with the run. path: the manifest's."""
+    def dataset(self, storage: Storage, manifest: Manifest, context: str) -> None:
+        """Note a sequence dataset as the run's input, and keep its manifest with the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         content = manifest.model_dump_json(indent=1)
@@ -78,7 +79,7 @@ class Run:
             name=manifest.name,
             digest=hashlib.sha256(content.encode()).hexdigest()[:12],
             source_type="freshet",
-            source=json.dumps({"uri": storage.url(path)}),
+            source=json.dumps({"uri": storage.url(manifest_path(manifest.name))}),
             profile=json.dumps(manifest.counts),
         )
         self.client.log_inputs(self.run_id, [DatasetInput(entry, [InputTag("mlflow.data.context", context)])])

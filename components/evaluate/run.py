@@ -99,7 +99,7 @@ def _measure(config: EvaluateConfig, storage: Storage) -> EvaluateResult:
     params = config.model_dump(exclude={"root", "tracking_uri"})
     name, key = f"{label} on {config.dataset}/{config.part}", f"{EXPERIMENT}:{config.model}:{config.digest()}"
     with tracker.run(EXPERIMENT, key, name, params, model=config.model) as tracked:
-        tracked.dataset(storage, manifest, sequence_data.manifest_path(config.dataset), "evaluation")
+        tracked.dataset(storage, manifest, "evaluation")
         quality = measure(trainer, part.users)
         metrics = quality.metrics
         if config.part == "eval":

@@ -141,7 +141,7 @@ def _learn(
     tags["version_run"] = registry.version(config.model, version).run_id
     params = {**config.model_dump(exclude={"root", "tracking_uri"}), **trainer.model.config.model_dump()}
     with Tracker(config.tracking_uri).run(EXPERIMENT, key, name, params, **tags) as tracked:
-        tracked.dataset(storage, dataset, sequence_data.manifest_path(dataset.name), "training")
+        tracked.dataset(storage, dataset, "training")
         metrics = _prequential(config, reader, trainer, items, part, head)
         tracked.metrics(metrics)
         since = close_epochs(trainer)

@@ -74,7 +74,7 @@ def _train(config: PretrainConfig, storage: Storage, folder: str, tracker: Track
     key = f"{EXPERIMENT}:{config.model}:{config.digest()}"
     parent = "" if champion is None else champion
     with tracker.run(EXPERIMENT, key, work.name, params, model=config.model, parent_version=parent) as tracked:
-        tracked.dataset(storage, manifest, sequence_data.manifest_path(config.dataset), "training")
+        tracked.dataset(storage, manifest, "training")
         metrics, (first, newest) = work.learn(tracked)
         tracked.metrics(metrics)
         tracked.tags({"checkpoint": folder, "dataset": config.dataset})

@@ -26,6 +26,7 @@ from components.errors import BadInput
 from components.join.run import manifests_of, published
 from components.manifests import Manifest, find, new_attempt, publish
 from components.schemas import INTERACTIONS
+from components.sequence_data import dataset_folder, manifest_path
 from components.sequences.config import SequencesConfig
 from components.storage import Storage
 from components.windows import Window, parse_time
@@ -59,12 +60,12 @@ def run(config: SequencesConfig) -> SequencesResult:
     else:
         windows, context = _history(config, joined), []
     dataset = dataset_id(config, windows)
-    folder = f"sequences/{dataset}"
+    folder = dataset_folder(dataset)
     manifest = find(storage, folder) or _build(config, storage, windows, context, dataset)
     return SequencesResult(
         dataset=dataset,
         folder=folder,
-        manifest=f"{folder}/manifest.json",
+        manifest=manifest_path(dataset),
         windows=manifest.windows,
         counts=manifest.counts,
     )
@@ -118,7 +119,7 @@ def _build(
     from spark_jobs.session import session, tune
 
     spark = session(config.spark, config.root)
-    folder = f"sequences/{dataset}"
+    folder = dataset_folder(dataset)
     attempt = new_attempt(folder)
     manifests = manifests_of(storage, [*windows, *before])
     own, earlier = (
