@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from components.ingest.batch import actions_table, impressions_table
 from components.request_ids import request_ids
-from components.schemas import ACTION_EVENTS, IMPRESSIONS, TIMESTAMP
+from components.schemas import IMPRESSIONS, TIMESTAMP
 from components.world.feedback import draw_feedback
 from components.world.people import Ints
 from components.world.world import DAY_US, World
@@ -107,21 +108,9 @@ def _choose(world: World, rng: np.random.Generator, times: Ints) -> Ints:
 
 def _impressions(world: World, rng: np.random.Generator, shown: _Shown) -> pa.Table:
     received = _received(world, rng, shown.time_us)
-    return _impression_table(shown, received)
-
-
-def _impression_table(shown: _Shown, received: Ints) -> pa.Table:
-    size = len(received)
-    columns = [
-        pa.array(shown.request_id),
-        pa.array(shown.user),
-        pa.array(shown.item),
-        _times(shown.time_us),
-        _times(received),
-        pa.array(shown.position.astype(np.int32)),
-        pa.array(shown.page),
-    ]
-    return pa.table(columns + [pa.nulls(size, field.type) for field in IMPRESSIONS][7:], schema=IMPRESSIONS)
+    return impressions_table(
+        shown.request_id, shown.user, shown.item, shown.time_us, received, shown.position, shown.page
+    )
 
 
 def _actions(world: World, rng: np.random.Generator, shown: _Shown) -> pa.Table:
@@ -130,16 +119,11 @@ def _actions(world: World, rng: np.random.Generator, shown: _Shown) -> pa.Table:
     time = shown.time_us[drawn.row] + np.rint(drawn.delay_s * 1e6).astype(np.int64)
     past = time < world.end_us
     row, time = drawn.row[past], time[past]
-    columns = [
-        pa.array(shown.request_id[row]),
-        pa.array(shown.user[row]),
-        pa.array(shown.item[row]),
-        _times(time),
-        _times(_received(world, rng, time)),
-        pa.array(np.array(drawn.action, dtype=object)[past], pa.string()),
-        pa.array(drawn.value[past], pa.float64(), from_pandas=True),
-    ]
-    return pa.table(columns, schema=ACTION_EVENTS)
+    action = np.array(drawn.action, dtype=object)[past]
+    received = _received(world, rng, time)
+    return actions_table(
+        shown.request_id[row], shown.user[row], shown.item[row], time, action, drawn.value[past], received
+    )
 
 
 def _received(world: World, rng: np.random.Generator, time_us: Ints) -> Ints:
@@ -155,7 +139,9 @@ def _logged_twice(world: World, rng: np.random.Generator, events: pa.Table) -> p
     again = np.flatnonzero(rng.random(events.num_rows) < world.config.world_duplicate_share)
     copies = events.take(pa.array(again))
     received = copies["received_at"].cast(pa.int64()).to_numpy() + rng.integers(0, 60_000_000, len(again))
-    copies = copies.set_column(4, IMPRESSIONS.field("received_at"), _times(np.minimum(received, world.end_us)))
+    copies = copies.set_column(
+        4, IMPRESSIONS.field("received_at"), pa.array(np.minimum(received, world.end_us)).cast(TIMESTAMP)
+    )
     return pa.concat_tables([events, copies])
 
 
@@ -182,7 +168,3 @@ def _broken(row: dict[str, Any], kind: str, column: str, value: Any) -> dict[str
     if column == "value":
         plain["action"] = "watch"
     return {"kind": kind, **plain, column: value}
-
-
-def _times(time_us: Ints) -> pa.Array:
-    return pa.array(time_us).cast(TIMESTAMP)
