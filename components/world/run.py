@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,8 +28,8 @@ from pydantic import BaseModel, Field
 from components.config import StepConfig
 from components.world.config import WorldConfig
 from components.world.history import History, simulate_history
-from components.world.people import Floats
-from components.world.world import Bools, World, now_end
+from components.world.world import World, now_end
+from model.metrics import auc
 
 
 class ExportConfig(StepConfig, WorldConfig):
@@ -116,14 +115,6 @@ def labelled(world: World, history: History) -> pd.DataFrame:
         shown[f"p_{action}"] = truth[action]
     shown["era"] = world.era(shown["time_us"].to_numpy())
     return shown
-
-
-def auc(label: Bools | pd.Series, score: Floats | pd.Series) -> float:
-    """Probability that a positive scores above a negative, ties counting half; NaN without either."""
-    positive = np.asarray(label) > 0
-    ranks = pd.Series(np.asarray(score)).rank().to_numpy()
-    n, m = int(positive.sum()), int((~positive).sum())
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
 
 
 def _us(events: pa.Table) -> Any:

@@ -22,8 +22,9 @@ from components.schemas import ACTION_EVENTS, IMPRESSIONS
 from components.world.config import WorldConfig
 from components.world.feedback import draw_feedback
 from components.world.history import History, simulate_history
-from components.world.run import ExportConfig, auc, labelled, run
+from components.world.run import ExportConfig, labelled, run
 from components.world.world import DAY_US, World
+from model.metrics import auc
 
 END = "2025-01-07T00:00:00+00:00"
 SHIFT = "2025-01-06T00:00:00+00:00"
@@ -290,10 +291,3 @@ def test_export_writes_the_history_for_use_elsewhere(tmp_path: Path, capsys: pyt
 def test_a_time_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(ExportConfig, run, ["--world-end=yesterday"]) == 2
     assert "is not a time; write it like" in capsys.readouterr().err
-
-
-def test_auc_is_the_probability_of_the_right_order() -> None:
-    rng = np.random.default_rng(0)
-    label, score = rng.random(60) < 0.4, rng.integers(0, 5, 60).astype(float)
-    pairs = score[label][:, None] - score[~label][None, :]
-    assert auc(label, score) == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
