@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.errors import AlreadyExists, BadInput, CorruptLog
-from components.storage import sync_folder
+from components.storage import make_folder, sync_folder
 from model._native import freshet_table
 
 MANIFEST = "manifest.json"
@@ -136,7 +136,7 @@ class SnapshotWriter:
     def __enter__(self) -> SnapshotWriter:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise AlreadyExists(f"{self.folder} is not empty; give every snapshot a folder of its own")
-        _make_folders(self.folder.parent)
+        make_folder(self.folder.parent)
         _remove_abandoned(self.folder)
         self.temporary = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(6)}.tmp")
         self.temporary.mkdir()
@@ -187,13 +187,6 @@ class SnapshotWriter:
             raise AlreadyExists(f"{self.folder} was taken meanwhile ({error}); choose another folder") from error
         sync_folder(self.folder.parent)
         return manifest
-
-
-def _make_folders(folder: Path) -> None:
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    for parent in reversed(missing):
-        parent.mkdir(exist_ok=True)
-        sync_folder(parent.parent)
 
 
 def _write_all(file: IO[bytes], values: Array) -> None:
