@@ -25,7 +25,6 @@ from types import ModuleType
 import numpy as np
 from pydantic import BaseModel, Field
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from components.errors import AlreadyExists, BadInput
@@ -160,10 +159,7 @@ def _write(storage: Storage, name: str, batch: Batch, now: datetime) -> int:
     if batch.items.num_rows:
         storage.write_table(_items_file(storage, name, batch, now), batch.items)
     files_ = event_files("impressions", batch.impressions, name) + event_files("actions", batch.actions, name)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("writing the event log", total=len(files_))
-        write_files(storage, files_, lambda: progress.advance(task))
+    write_files(storage, files_)
     return len(files_) + bool(batch.items.num_rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -10,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from components.ingest.batch import times_of
+from components.progress import progress
 from components.storage import Storage
 from components.windows import from_us
 
@@ -68,12 +68,8 @@ def event_files(kind: str, events: pa.Table, name: str) -> list[tuple[str, pa.Ta
     return files
 
 
-def write_files(storage: Storage, files: list[tuple[str, pa.Table]], advance: Callable[[], None]) -> None:
+def write_files(storage: Storage, files: list[tuple[str, pa.Table]]) -> None:
     """Write all files, several at a time; the first failure is raised."""
-
-    def write(file: tuple[str, pa.Table]) -> None:
-        storage.write_table(*file)
-        advance()
-
-    with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(write, files))
+    with progress("files of the event log") as advance, ThreadPoolExecutor(WRITERS) as pool:
+        for done, _ in enumerate(pool.map(lambda file: storage.write_table(*file), files), 1):
+            advance(done, len(files), "written")
