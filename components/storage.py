@@ -6,14 +6,13 @@ Freshet is always one `create` of a manifest, after the data it names has been w
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -244,9 +243,6 @@ class Storage:
     def spark_url(self, path: str) -> str:
         """The same place as Spark names it (S3 through Hadoop's s3a)."""
         return self.url(path).replace("s3://", "s3a://", 1)
-
-    def read_json(self, path: str) -> Any:
-        return json.loads(self.read_bytes(path))
 
     def read_table(self, path: str) -> pa.Table:
         """Read one Parquet file; BadInput names a file that is truncated, damaged or no Parquet."""

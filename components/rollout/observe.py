@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from components.errors import BadInput
+from components.parameters.reader import LogReader
 from components.pretrain.champion import PREFIX, VERSION
 from components.rollout.assignment import serves_challenger
 from components.rollout.evidence import Arm, Observation, Serving
@@ -61,7 +61,7 @@ def _offline(storage: Storage, champion: Release | None, challenger: Release) ->
 def measured_beside(metrics: dict[str, float], champion: Release) -> dict[str, float]:
     """The champion's metrics on the candidate's own eval part; none of a champion that was another one then."""
     found: dict[str, float] = {}
-    for model, version in (("ranker", champion.ranker), ("retriever", champion.retriever)):
+    for model, version in champion:
         prefix = f"{model}.{PREFIX}"
         if metrics.get(f"{model}.{VERSION}") == version:
             found |= {f"{model}.{n.removeprefix(prefix)}": v for n, v in metrics.items() if n.startswith(prefix)}
@@ -71,13 +71,10 @@ def measured_beside(metrics: dict[str, float], champion: Release) -> dict[str, f
 
 def offline_metrics(storage: Storage, release: Release) -> dict[str, float]:
     """'model.metric' -> value from the pretrained snapshots' manifests; models that are not published are left out."""
-    metrics = {}
-    for model, version in (("ranker", release.ranker), ("retriever", release.retriever)):
-        path = f"parameters/{model}/{version}/snapshot-0/manifest.json"
-        if storage.exists(path):
-            for name, value in storage.read_json(path).get("metrics", {}).items():
-                if math.isfinite(value):
-                    metrics[f"{model}.{name}"] = float(value)
+    metrics: dict[str, float] = {}
+    for model, version in release:
+        if (snapshot := LogReader(storage, model, version).find("snapshot", 0)) is not None:
+            metrics |= {f"{model}.{name}": value for name, value in snapshot.manifest.metrics.items()}
     return metrics
 
 

@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, Field
 
 from components.errors import AlreadyExists, BadInput, FreshetError
+from components.parameters.log import manifest_path
 from components.rollout import record
 from components.rollout.assess import assess
 from components.rollout.config import RolloutConfig
@@ -136,7 +137,7 @@ def _release(storage: Storage, config: RolloutConfig) -> Release:
     versions = {}
     for model, wanted in (("ranker", config.ranker), ("retriever", config.retriever)):
         version = wanted or newest_version(storage, model)
-        if version is None or not storage.exists(f"parameters/{model}/{version}/snapshot-0/manifest.json"):
+        if version is None or not storage.exists(manifest_path(model, version, "snapshot", 0)):
             name = f"{model} version {wanted}" if wanted else model
             raise BadInput(f"no {name} is published under {storage.url('parameters')}; run pretrain and publish first")
         versions[model] = version

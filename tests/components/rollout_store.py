@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from components.parameters.log import LogManifest, manifest_path
 from components.rollout.assignment import serves_challenger
 from components.rollout.state import RolloutState
 from components.schemas import ACTION_EVENTS, IMPRESSIONS
@@ -24,8 +25,11 @@ def publish(storage: Storage, version: int, auc: float = 0.7, champion: int = 1)
     """What the gate reads of a published release: its metrics, and those of the champion on the same events."""
     beside = {"champion_version": champion, "champion_auc_click": 0.7, "champion_ne_click": 0.9}
     for model in ("ranker", "retriever"):
-        manifest = {"metrics": {"auc_click": auc, "ne_click": 0.9, **beside}}
-        storage.create(f"parameters/{model}/{version}/snapshot-0/manifest.json", json.dumps(manifest).encode())
+        metrics = {"auc_click": auc, "ne_click": 0.9, **beside}
+        entry: dict[str, Any] = {"n": 0, "kind": "snapshot", "model": model, "version": version, "metrics": metrics}
+        empty: dict[str, Any] = {"windows": [], "rows": {}, "tombstones": {}, "files": {}, "parent": None}
+        manifest = LogManifest.model_validate(entry | empty).encoded()
+        storage.create(manifest_path(model, version, "snapshot", 0), manifest)
 
 
 def log_traffic(

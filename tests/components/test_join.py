@@ -228,7 +228,7 @@ def test_too_many_actions_without_impression_fail_with_a_report_that_names_the_r
     with pytest.raises(BadInput, match=r"30\.8% of the events are quarantined \(40 no_impression\)"):
         join(storage, HOURS[0], max_quarantine_share=0.3)
     assert step.published(storage) == []
-    report = storage.read_json(f"quality/join/{HOURS[0].key}.json")
+    report = json.loads(storage.read_bytes(f"quality/join/{HOURS[0].key}.json"))
     assert report["counts"]["quarantined_no_impression"] == 40
     assert len(report["failures"]) == 1
 

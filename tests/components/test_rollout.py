@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import pytest
 
 from components.config import cli
-from components.errors import AlreadyExists, BadInput, FreshetError
+from components.errors import AlreadyExists, BadInput, CorruptLog, FreshetError
+from components.parameters.log import manifest_path
 from components.rollout import follow, record
 from components.rollout import run as rollout
 from components.rollout.assignment import BUCKETS, bucket, serves_challenger
@@ -83,6 +84,13 @@ def test_logged_traffic_that_clicks_less_rolls_the_release_back(storage: Storage
     log_traffic(storage, state, datetime.now(UTC), range(300), {"champion": 0.6, "challenger": 0.2})
     done = go(storage)
     assert (done.stage, done.champion) == ("rolled_back", Release(ranker=1, retriever=1))
+
+
+def test_the_gate_names_a_damaged_manifest_of_the_candidate(storage: Storage) -> None:
+    go(storage, "start", ranker=1, retriever=1)
+    storage.write_bytes(manifest_path("ranker", 1, "snapshot", 0), b"{")
+    with pytest.raises(CorruptLog, match=r"ranker/1/snapshot-0/manifest\.json is truncated"):
+        go(storage)
 
 
 def test_failing_shadow_requests_roll_the_release_back(storage: Storage) -> None:

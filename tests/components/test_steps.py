@@ -189,7 +189,7 @@ def test_a_new_version_can_be_trained_when_the_champions_log_is_no_use(
         storage.write_bytes(LogReader(storage, "ranker", 1).manifest(0).files["tables"].path, b"damaged")
     else:
         path = "parameters/ranker/1/snapshot-0/manifest.json"
-        manifest = storage.read_json(path)
+        manifest = json.loads(storage.read_bytes(path))
         manifest["config"]["a_setting_of_another_version"] = 1
         storage.write_bytes(path, json.dumps(manifest).encode())
     metrics = published_version(where, seed=1)[0].metrics

@@ -46,14 +46,14 @@ def test_the_world_is_recorded_for_its_live_users(store: Storage) -> None:
 def test_ingesting_a_world_without_a_given_end_again_changes_nothing_even_later(store: Storage) -> None:
     endless = {**WORLD, "world_end": ""}
     first = ingest(store, **endless)
-    recorded = store.read_json("world/config.json")
+    recorded = json.loads(store.read_bytes("world/config.json"))
     earlier = {**recorded, "world_end": "2025-01-03T00:00:00+00:00"}  # as if recorded at another time
     assert ingest(store, **endless) == first
     other = Storage(f"{store.root}/other")
     other.write_bytes("world/config.json", json.dumps(earlier).encode())
     last = ingest(other, **endless).last_event
     assert last is not None and last < datetime(2025, 1, 3, tzinfo=UTC)
-    assert store.read_json("world/config.json") == recorded
+    assert json.loads(store.read_bytes("world/config.json")) == recorded
 
 
 def test_a_second_world_in_one_root_is_refused_and_the_live_settings_of_the_first_stand(store: Storage) -> None:
@@ -84,4 +84,4 @@ def test_of_two_worlds_that_are_ingested_at_once_one_enters_the_log(
 
 def test_a_world_without_a_given_end_ends_where_the_slice_ends(store: Storage) -> None:
     ingest(store, **{**WORLD, "world_end": ""}, until_time="2025-02-01T00:00:00Z")
-    assert store.read_json("world/config.json")["world_end"] == "2025-02-01T00:00:00+00:00"
+    assert json.loads(store.read_bytes("world/config.json"))["world_end"] == "2025-02-01T00:00:00+00:00"
