@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -90,10 +89,10 @@ def arm_counts(
     storage: Storage, state: RolloutState, policy: Policy, since: datetime, now: datetime
 ) -> tuple[dict[str, Arm], int]:
     """Counts of both arms over impressions in [since, now), and how many users saw a track that is not theirs."""
-    impressions = _read(storage, "impressions", since, now, _subset(IMPRESSIONS, "track"))
+    impressions = _read(storage, "events/impressions/dt=%Y-%m-%d/hour=%H", since, now, _subset(IMPRESSIONS, "track"))
     tracked = impressions.filter(pc.is_in(impressions["track"], pa.array(["champion", "challenger"])))
     tracked = tracked.group_by([*_KEY, "track"]).aggregate([])  # one row per impression, however often it was sent
-    actions = _read(storage, "actions", since, now, _subset(ACTION_EVENTS, "action"))
+    actions = _read(storage, "events/actions/dt=%Y-%m-%d/hour=%H", since, now, _subset(ACTION_EVENTS, "action"))
     hits = actions.filter(pc.equal(actions["action"], policy.quality_action)).group_by(_KEY).aggregate([])
     hits = hits.append_column("hit", pa.array([1] * hits.num_rows, pa.int64()))
     joined = tracked.join(hits, keys=_KEY, join_type="left outer")
@@ -123,8 +122,7 @@ def _arm(users: list[dict[str, Any]]) -> Arm:
 
 def shadow_counts(storage: Storage, version: int, since: datetime, now: datetime) -> Serving:
     """What the shadow log says of this ranker version: requests, failed ones, and ones without any scored item."""
-    folders = (f"serving/shadow/dt={day:%Y-%m-%d}" for day in _days(since, now))
-    rows = _read_folders(storage, folders, since, now, _subset(SHADOW, "version", "error"))
+    rows = _read(storage, "serving/shadow/dt=%Y-%m-%d", since, now, _subset(SHADOW, "version", "error"))
     rows = rows.filter(pc.equal(rows["version"], version))
     failed = set(rows.filter(pc.is_valid(rows["error"]))["request_id"].to_pylist())
     scored = set(rows.filter(pc.is_valid(rows["item_id"]))["request_id"].to_pylist())
@@ -154,19 +152,16 @@ def _ask(
         return None, (f"{url} gave no counts of the challenger: {error!r}",)
 
 
-def _read(storage: Storage, kind: str, since: datetime, now: datetime, schema: pa.Schema) -> pa.Table:
-    """Rows of the event log with timestamp in [since, now), with the columns of `schema`."""
-    folders = (f"events/{kind}/dt={hour:%Y-%m-%d}/hour={hour:%H}" for hour in _hours(since, now))
-    return _read_folders(storage, folders, since, now, schema)
+def _read(storage: Storage, folder: str, since: datetime, now: datetime, schema: pa.Schema) -> pa.Table:
+    """Rows with timestamp in [since, now) and the columns of `schema`; folder: of an hour or a day, for strftime.
 
-
-def _read_folders(
-    storage: Storage, folders: Iterator[str], since: datetime, now: datetime, schema: pa.Schema
-) -> pa.Table:
-    """BadInput names a file that cannot be read or lacks a column that every row needs."""
+    BadInput names a file that cannot be read or lacks a column that every row needs.
+    """
+    first = since.replace(minute=0, second=0, microsecond=0)
+    hours = (first + timedelta(hours=n) for n in range((now - first) // timedelta(hours=1) + 1))
     tables = [schema.empty_table()]
-    for folder in folders:
-        for path in storage.list(folder):
+    for place in dict.fromkeys(hour.strftime(folder) for hour in hours):
+        for path in storage.list(place):
             if path.endswith(".parquet"):
                 table = storage.read_table_as(path, schema)
                 in_period = pc.and_(
@@ -179,17 +174,3 @@ def _read_folders(
 def _subset(schema: pa.Schema, *columns: str) -> pa.Schema:
     """The columns that name an event and its time, and these."""
     return pa.schema([schema.field(name) for name in (*_KEY, "timestamp", *columns)])
-
-
-def _hours(since: datetime, now: datetime) -> Iterator[datetime]:
-    hour = since.replace(minute=0, second=0, microsecond=0)
-    while hour <= now:
-        yield hour
-        hour += timedelta(hours=1)
-
-
-def _days(since: datetime, now: datetime) -> Iterator[datetime]:
-    day = since.replace(hour=0, minute=0, second=0, microsecond=0)
-    while day <= now:
-        yield day
-        day += timedelta(days=1)
