@@ -145,16 +145,9 @@ def _release(storage: Storage, config: RolloutConfig) -> Release:
 
 
 def _result(state: RolloutState, observation: Observation, changed: bool, subject: Release | None) -> RolloutResult:
-    return RolloutResult(
-        seq=state.seq,
-        stage=state.stage,
-        changed=changed,
-        champion=state.champion,
-        challenger=state.challenger,
-        subject=subject,
-        share=state.share,
-        reason=state.reason,
-        waiting_for=_waiting_for(state, observation),
+    waiting_for = _waiting_for(state, observation)
+    return RolloutResult.model_validate(
+        dict(state) | {"changed": changed, "subject": subject, "waiting_for": waiting_for}
     )
 
 
