@@ -93,13 +93,11 @@ class Server:
     def status(self) -> Status:
         """What `GET /v1/status` shows."""
         reason, tracks = self.engine.why_not_ready(), self.engine.tracks
+        state = tracks.state if tracks else RolloutState()
         return Status(
             ready=reason is None,
             reason=reason,
-            stage=tracks.state.stage if tracks else "empty",
-            stage_since=tracks.state.stage_since if tracks else RolloutState().stage_since,
-            share=tracks.state.share if tracks else 0,
-            shadow_share=tracks.state.shadow_share if tracks else 0.0,
+            **state.model_dump(include={"stage", "stage_since", "share", "shadow_share"}),
             tracks={track.name: self._track(track) for track in self.engine.live()},
             errors=dict(self.engine.errors),
             items=len(self.items.items),
