@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Supervisor:
             )
         self._pid_file(service.name).write_text(f"{process.pid} {_started(process.pid)}")
 
-    def wait_ready(self, service: Service, timeout: float, tick: Callable[[], None] = lambda: None) -> None:
+    def wait_ready(self, service: Service, timeout: float) -> None:
         """Wait until `service` answers; FreshetError with the end of its log if it dies or never does."""
         deadline = time.monotonic() + timeout
         while not _answers(service):
@@ -66,7 +66,6 @@ class Supervisor:
                 raise FreshetError(f"{service.name} ended while starting:\n{self.tail(service.name)}")
             if time.monotonic() > deadline:
                 raise FreshetError(f"{service.name} is not ready after {timeout:.0f} s:\n{self.tail(service.name)}")
-            tick()
             time.sleep(0.3)
 
     def running(self, name: str) -> bool:

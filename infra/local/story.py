@@ -46,8 +46,8 @@ class WindowStory(BaseModel):
 class Story:
     """Drives one installation as a person would: through Airflow's API, the components' command lines and HTTP."""
 
-    def __init__(self, stack: Stack, airflow: Airflow, console: Console, label: str = "click") -> None:
-        self.stack, self.airflow, self.console, self.label = stack, airflow, console, label
+    def __init__(self, stack: Stack, airflow: Airflow, console: Console) -> None:
+        self.stack, self.airflow, self.console = stack, airflow, console
         self.began = time.monotonic()
         self.windows: list[WindowStory] = []
 
@@ -109,10 +109,10 @@ class Story:
                 note=note,
                 events=self.airflow.result(run, "join")["counts"]["interactions"],
                 version=learned["version"],
-                auc=metrics[f"auc_{self.label}"],
-                frozen_auc=metrics[f"frozen_auc_{self.label}"],
-                ne=metrics[f"ne_{self.label}"],
-                frozen_ne=metrics[f"frozen_ne_{self.label}"],
+                auc=metrics["auc_click"],
+                frozen_auc=metrics["frozen_auc_click"],
+                ne=metrics["ne_click"],
+                frozen_ne=metrics["frozen_ne_click"],
                 delta=learned["n"],
                 rows=sum(learned["rows"].values()),
                 served_delta=served["delta"],
