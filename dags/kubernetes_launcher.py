@@ -22,7 +22,8 @@ from kubernetes.client import models as k8s
 from dags.launcher import WRONG_INPUT, stop_if_not_wanted, tell_assets, wait_until
 
 RESULT_PATH = "/airflow/xcom/return.json"
-_CONTEXT = ("dag_id", "task_id", "dag_run_id", "try_number")
+_CONTEXT = {"dag_id": "dag.dag_id", "task_id": "task.task_id", "dag_run_id": "run_id", "try_number": "ti.try_number"}
+"""AIRFLOW_CTX_<name> of a step's environment, and the template of its value."""
 
 
 class PodStep(KubernetesPodOperator):
@@ -82,7 +83,7 @@ def pod_settings(gpu: bool) -> dict[str, Any]:
         "env_vars": {
             "FRESHET_RESULT_PATH": RESULT_PATH,
             "PYTHONUNBUFFERED": "1",
-            **{f"AIRFLOW_CTX_{name.upper()}": f"{{{{ {_template(name)} }}}}" for name in _CONTEXT},
+            **{f"AIRFLOW_CTX_{name.upper()}": f"{{{{ {value} }}}}" for name, value in _CONTEXT.items()},
         },
         "env_from": [
             k8s.V1EnvFromSource(
@@ -101,12 +102,6 @@ def pod_settings(gpu: bool) -> dict[str, Any]:
         "schedule_timeout_seconds": 3600,  # a GPU may be busy
         "startup_timeout_seconds": 600,  # pulling the image
     }
-
-
-def _template(name: str) -> str:
-    return {"dag_run_id": "run_id", "try_number": "ti.try_number", "dag_id": "dag.dag_id", "task_id": "task.task_id"}[
-        name
-    ]
 
 
 def _resources(gpu: bool) -> k8s.V1ResourceRequirements:
