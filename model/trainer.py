@@ -29,14 +29,12 @@ ROW_PARTS = ("keys", "weights", "state", "last_update_us", "counts", "candidate_
 class Step:
     """Report of one training step. `done` and `total` count batches of this call of fit; no targets, no loss (NaN)."""
 
-    step: int
     epoch: int
     done: int
     total: int
     loss: float
     targets: int
     gradient_norm: float
-    event_time_us: int
     tokens: int
     seconds: float
 
@@ -80,7 +78,7 @@ class Trainer:
         c = self.model.config
         dataset = self.model.examples(dataset)
         plan = self._plan(dataset, continual, epochs)
-        losses: list[tuple[int, float, int]] = []
+        reports: list[Step] = []
         for done, (epoch, rows, counted) in enumerate(plan):
             if done < start:
                 continue
@@ -89,15 +87,15 @@ class Trainer:
                 group["lr"] = (c.continual_dense_lr if continual else c.dense_lr) * pace
             batch = self._shorten(dataset.users(rows), CONTINUAL if continual else epoch)
             report = self._train_batch(batch, counted, continual, pace, (epoch, done + 1, len(plan)))
-            losses.append((epoch, report.loss, report.targets))
+            reports.append(report)
             if on_step is not None:
                 on_step(report)
         for table in self.model.tables().values():
             table.expire_stale()
-        last = [(loss, n) for epoch, loss, n in losses if n and epoch == plan[-1][0]] if plan else []
-        seen = sum(n for _, n in last)
-        loss = sum(value * n for value, n in last) / seen if seen else float("nan")
-        return {"loss": loss, "steps": float(len(losses)), "targets": float(sum(n for *_, n in losses))}
+        last = [report for report in reports if report.targets and report.epoch == plan[-1][0]]
+        seen = sum(report.targets for report in last)
+        loss = sum(report.loss * report.targets for report in last) / seen if seen else float("nan")
+        return {"loss": loss, "steps": float(len(reports)), "targets": float(sum(r.targets for r in reports))}
 
     def _plan(
         self, dataset: SequenceDataset, continual: bool, epochs: int | None
@@ -165,7 +163,7 @@ class Trainer:
             table.step(self.model.table_lr(slot, continual) * pace if targets else 0.0, event_time)  # events count
         self.step += 1
         seconds, mean = time.perf_counter() - started, float(loss.detach()) if targets else float("nan")
-        return Step(self.step, *place, mean, targets, norm, event_time, len(tokens), seconds)
+        return Step(*place, mean, targets, norm, len(tokens), seconds)
 
     def _clip(self, tables: dict[str, EmbeddingTable]) -> float:
         """Scale all gradients, dense and of tables, so that their joint norm is at most clip_norm."""
