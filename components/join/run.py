@@ -200,11 +200,7 @@ def _check(config: JoinConfig, storage: Storage, found: dict[str, int], earlier:
     start = Window.parse(config.window).start
     past = [m for m in earlier if Window.parse(m.name).end <= start and m.counts["interactions"]]
     previous = (past[-1].name, past[-1].counts) if past else None
-    limits = quality.Limits(
-        max_quarantine_share=config.max_quarantine_share,
-        max_duplicate_share=config.max_duplicate_share,
-        max_label_ratio=config.max_label_ratio,
-    )
+    limits = quality.Limits(**config.model_dump(include=set(quality.Limits.model_fields)))
     report = quality.check(config.window, found, limits, previous)
     path = f"quality/join/{config.window}.json"
     storage.write_bytes(path, report.model_dump_json(indent=1).encode())
