@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,35 +18,9 @@ from components.errors import AlreadyExists, BadInput
 from components.storage import S3, LocalFiles, Storage
 
 
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
 @pytest.fixture(params=["file", "s3"])
-def anywhere(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    if request.param == "file":
-        return Storage(f"file://{tmp_path}/store")
-    import boto3
-
-    for name, value in {
-        "AWS_ENDPOINT_URL": request.getfixturevalue("s3_endpoint"),
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    bucket = f"bucket-{tmp_path.name.replace('_', '-').lower()}"[:60]
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    return Storage(f"s3://{bucket}/freshet")
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(f"file://{tmp_path}/store" if request.param == "file" else request.getfixturevalue("s3_root"))
 
 
 def test_what_is_written_is_read_back(anywhere: Storage) -> None:
