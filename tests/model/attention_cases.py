@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
@@ -32,8 +34,12 @@ class Case:
     alpha: float = 0.25
     normaliser: float = 24.0
 
-    def run(self, kernel: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """y and the gradients of q, k, v, position and time weights (those there are), for a fixed gradient of y."""
+    def run(self, kernel: str | Callable[..., Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """y and the gradients of q, k, v, position and time weights (those there are), for a fixed gradient of y.
+
+        kernel: as attention() names it, or a function in its place.
+        """
+        attend = partial(attention, kernel=kernel) if isinstance(kernel, str) else kernel
         working = dtype or self.dtype
         leaves = [x.to(working, copy=True).requires_grad_() for x in (self.q, self.k, self.v)]
         precision = torch.float64 if working == torch.float64 else torch.float32
@@ -44,9 +50,9 @@ class Case:
         if self.position is not None or self.time is not None:
             bias = Bias(weights[0], weights[1], self.query_time, self.key_time, self.self_gap)
         q, k, v = leaves
-        y = attention(q, k, v, self.seen, alpha=self.alpha, normaliser=self.normaliser, bias=bias, kernel=kernel)
+        y = attend(q, k, v, self.seen, alpha=self.alpha, normaliser=self.normaliser, bias=bias)
         generator = torch.Generator().manual_seed(5)
-        y.backward(torch.randn(y.shape, generator=generator).to(self.dtype).to(y.dtype))
+        y.backward(torch.randn(y.shape, generator=generator).to(self.dtype).to(y))
         asked = [x for x in (*leaves, *weights) if x is not None]
         return [y.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in asked)]
 
@@ -59,6 +65,23 @@ class Case:
         known = torch.zeros(1, dtype=torch.float64) if self.position is None else self.position
         spread = replace(self, position=known[places.clamp(max=len(known) - 1)])
         return float(spread.run("reference", torch.float64)[4].norm())
+
+
+def assert_equals_reference(case: Case, got: list[Tensor], tolerance: dict[torch.dtype, float]) -> None:
+    """Whether what a kernel gave is the float64 reference's; tolerance: of the largest value of an array, by dtype."""
+    want = case.run("reference", torch.float64)
+    assert len(got) == len(want)
+    floors = [1e-3] * 4 + [case.bias_scale()] * (len(got) - 4)
+    for index, (ours, theirs, floor) in enumerate(zip(got, want, floors, strict=True)):
+        assert ours.shape == theirs.shape
+        if theirs.numel():
+            error = float((ours.double() - theirs).abs().max()) / max(1e-3, floor, float(theirs.abs().max()))
+            assert error <= tolerance[ours.dtype], f"output {index} is off by {error:.2e}"
+
+
+def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
+    for index, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(ours, theirs), f"output {index} differs"
 
 
 def times_of(kind: str, count: int, generator: torch.Generator) -> Tensor:

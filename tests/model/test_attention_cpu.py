@@ -14,26 +14,10 @@ from components.errors import BadInput
 from model.attention import TIME_BUCKETS, Bias, Visibility, attention, causal, time_bucket
 from model.attention_bias import TIME_BOUNDARIES
 from model.attention_cpu import hstu_attention
-from tests.model.attention_cases import Case, cases, random_case
+from tests.model.attention_cases import Case, assert_equals_reference, assert_same_bits, cases, random_case
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 """Of the largest value of the array. bfloat16 is the storage: half a unit in its last place is 2^-9."""
-
-
-def assert_equals_reference(case: Case) -> None:
-    got, want = case.run("cpu"), case.run("reference", torch.float64)
-    assert len(got) == len(want)
-    floors = [1e-3] * 4 + [case.bias_scale()] * (len(got) - 4)
-    for index, (ours, theirs, floor) in enumerate(zip(got, want, floors, strict=True)):
-        assert ours.shape == theirs.shape
-        if theirs.numel():
-            error = float((ours.double() - theirs).abs().max()) / max(1e-3, floor, float(theirs.abs().max()))
-            assert error <= TOLERANCE[ours.dtype], f"output {index} is off by {error:.2e}"
-
-
-def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
-    for index, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-        assert torch.equal(ours, theirs), f"output {index} differs"
 
 
 EACH_ISA = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,18 +26,18 @@ EACH_ISA = settings(max_examples=40, deadline=None, suppress_health_check=[Healt
 @EACH_ISA
 @given(case=cases())
 def test_result_and_gradients_equal_the_reference(case: Case, isa: str) -> None:
-    assert_equals_reference(case)
+    assert_equals_reference(case, case.run("cpu"), TOLERANCE)
 
 
 @EACH_ISA
 @given(case=cases(torch.bfloat16))
 def test_bfloat16_is_the_reference_rounded(case: Case, isa: str) -> None:
-    assert_equals_reference(case)
+    assert_equals_reference(case, case.run("cpu"), TOLERANCE)
 
 
 def test_a_sequence_of_several_tasks_equals_the_reference(isa: str) -> None:
     case = random_case([1500, 40], None, 1, 12, 20, seed=3, window=300, positions=2000)
-    assert_equals_reference(case)
+    assert_equals_reference(case, case.run("cpu"), TOLERANCE)
 
 
 def test_large_scores_equal_the_reference(isa: str) -> None:

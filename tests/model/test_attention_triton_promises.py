@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.attention import TIME_BUCKETS, Bias, Visibility, causal
-from tests.model.attention_cases import random_case
-from tests.model.triton_kernel import FEW, HAS_DEVICE, assert_same_bits, assert_same_rows, device, kernel, run
+from tests.model.attention_cases import assert_same_bits, random_case
+from tests.model.triton_kernel import FEW, HAS_DEVICE, assert_same_rows, device, kernel, run
 
 __all__ = ["device"]
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from model.attention import Bias, Visibility
+from tests.model import attention_cases
 from tests.model.attention_cases import Case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,30 +66,11 @@ def on(case: Case, device: torch.device) -> Case:
 
 def run(case: Case, device: torch.device) -> list[Tensor]:
     """y and the gradients as Case.run gives them."""
-    moved = on(case, device)
-    leaves = [x.to(case.dtype, copy=True).requires_grad_() for x in (moved.q, moved.k, moved.v)]
-    weights = [
-        None if w is None else w.to(torch.float32, copy=True).requires_grad_() for w in (moved.position, moved.time)
-    ]
-    bias = None
-    if case.position is not None or case.time is not None:
-        bias = Bias(weights[0], weights[1], moved.query_time, moved.key_time, moved.self_gap)
-    y = kernel(leaves[0], leaves[1], leaves[2], moved.seen, bias, alpha=case.alpha, normaliser=case.normaliser)
-    generator = torch.Generator().manual_seed(5)
-    y.backward(torch.randn(y.shape, generator=generator).to(case.dtype).to(device))
-    asked = [x for x in (*leaves, *weights) if x is not None]
-    return [x.cpu() for x in (y.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in asked))]
+    return [x.cpu() for x in on(case, device).run(kernel)]
 
 
 def assert_equals_reference(case: Case, device: torch.device) -> None:
-    got, want = run(case, device), case.run("reference", torch.float64)
-    assert len(got) == len(want)
-    floors = [1e-3] * 4 + [case.bias_scale()] * (len(got) - 4)
-    for index, (ours, theirs, floor) in enumerate(zip(got, want, floors, strict=True)):
-        assert ours.shape == theirs.shape
-        if theirs.numel():
-            error = float((ours.double() - theirs).abs().max()) / max(1e-3, floor, float(theirs.abs().max()))
-            assert error <= TOLERANCE[ours.dtype], f"output {index} is off by {error:.2e}"
+    attention_cases.assert_equals_reference(case, run(case, device), TOLERANCE)
 
 
 def fits(case: Case) -> bool:
@@ -99,8 +81,3 @@ def fits(case: Case) -> bool:
 def assert_same_rows(got: Tensor, want: Tensor) -> None:
     """The same bits on the device. NumPy's matrix product, in the interpreter, depends on the place in the tile."""
     assert torch.equal(got, want) if HAS_DEVICE else torch.allclose(got, want, rtol=0, atol=1e-6)
-
-
-def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
-    for index, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-        assert torch.equal(ours, theirs), f"output {index} differs"
