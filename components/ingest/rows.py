@@ -118,8 +118,6 @@ class Rows:
     def _column(self, name: str) -> pa.Array:
         """The column in one piece, with blank text as null."""
         column = self.table[name].combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
