@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from model.hashing import splitmix64
+
 REQUEST_ID_BITS = 53
 """Request ids stay below 2^53, so that clients that keep numbers as doubles keep them exactly."""
 
@@ -18,8 +20,5 @@ def request_ids(*parts: NDArray[np.int64] | int) -> NDArray[np.int64]:
     mixed = np.zeros(arrays[0].shape, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for array in arrays:
-            z = (mixed ^ array.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = z ^ (z >> np.uint64(31))
+            mixed = splitmix64(mixed ^ array.astype(np.uint64))
     return (mixed >> np.uint64(64 - REQUEST_ID_BITS)).astype(np.int64)

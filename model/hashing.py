@@ -16,11 +16,12 @@ def uniform(seed: int, *columns: Int64s | int) -> NDArray[np.float64]:
     state = np.full(rows[0].shape, seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for row in rows:
-            state = _mix(state ^ _mix(row.astype(np.uint64) + _STEP))
+            state = splitmix64(state ^ splitmix64(row.astype(np.uint64) + _STEP))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Each number mixed to one that looks random. The sums overflow: with np.errstate(over="ignore")."""
     x = x + _STEP
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
