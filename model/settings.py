@@ -164,7 +164,7 @@ class ModelConfig(BaseModel):
             time_bias=self.time_bias and self._has_bias("time"),
             softmax=self.softmax,
             dropout=self.dropout,
-            gate=("concat_raw" if production else "product") if self.gate == "variant" else _GATES[self.gate],
+            gate="concat_raw" if (production if self.gate == "variant" else self.gate == "concat") else "product",
             silu_all=not production if self.silu == "variant" else self.silu == "all",
             scale_scores=self._on(self.scale_scores),
             affine_norm=self._on(self.learned_norms),
@@ -212,8 +212,6 @@ class ModelConfig(BaseModel):
 
 _NAMES = ("slots", "context", "heads", "regression", "bias_slots")
 """Settings that are lists of names; one that is there twice would count twice."""
-
-_GATES: dict[str, Literal["product", "concat_raw"]] = {"product": "product", "concat": "concat_raw"}
 
 
 class RankerConfig(ModelConfig):
