@@ -91,19 +91,14 @@ class Journal:
         self._lock_file.close()
 
     def _write_forever(self) -> None:
-        while (first := self._queue.get()) is not None:
-            group = [first]
-            stop = False
+        more = True
+        while more:
+            group = [self._queue.get()]
             while not self._queue.empty() and len(group) < 1000:
-                following = self._queue.get()
-                if following is None:
-                    stop = True
-                    break
-                group.append(following)
-            if wanted := [record for record in group if record[1].set_running_or_notify_cancel()]:
+                group.append(self._queue.get())
+            more = None not in group
+            if wanted := [each for each in group if each and each[1].set_running_or_notify_cancel()]:
                 self._commit(wanted)
-            if stop:
-                return
 
     def _commit(self, group: list[tuple[bytes, Future[None]]]) -> None:
         """Write the records of running futures; nobody can cancel these any more."""
