@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from model.table import EmbeddingTable, Events
-from model.table_arrays import Floats, Ids, TableDelta, as_floats, as_ids, is_mean, slot_hash, tensor_ids
+from model.table_arrays import Floats, Ids, as_floats, as_ids, is_mean, slot_hash, tensor_ids
+from model.table_delta import TableDelta
 
 try:
     from model._native import freshet_table

@@ -16,7 +16,6 @@ from model.table_arrays import (
     Floats,
     Ids,
     Int64Array,
-    TableDelta,
     UInt64Array,
     as_floats,
     as_ids,
@@ -25,6 +24,7 @@ from model.table_arrays import (
     tensor_ids,
 )
 from model.table_consumers import DeltaConsumers
+from model.table_delta import TableDelta
 from model.table_gradients import Events, Forward, Gradients
 
 try:
@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the compiled embedding table cannot be loaded ({error}); run `make build`") from error
 
-__all__ = ["OPTIMIZERS", "EmbeddingTable", "Events", "TableDelta", "slot_hash"]
+__all__ = ["OPTIMIZERS", "EmbeddingTable", "Events", "slot_hash"]
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 MAX_LEARNING_RATE = 1e6

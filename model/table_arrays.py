@@ -1,56 +1,22 @@
-"""What goes in and out of an embedding table: ids, floats, deltas."""
+"""What goes in and out of an embedding table: ids and floats."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-if TYPE_CHECKING:
-    from model._native import freshet_table
-
 Int64Array = npt.NDArray[np.int64]
 UInt32Array = npt.NDArray[np.uint32]
 UInt64Array = npt.NDArray[np.uint64]
-UInt16Array = npt.NDArray[np.uint16]
 Float32Array = npt.NDArray[np.float32]
 Ids = torch.Tensor | Int64Array
 Floats = torch.Tensor | Float32Array
 
 MAX_TIME_US = (2**32 - 1) * 1_000_000
 """The newest event time that a table takes, in the year 2106: it keeps seconds in 32 bits (csrc/table/row_meta.h)."""
-
-
-def _no_ids() -> Int64Array:
-    return np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class TableDelta:
-    """Erased keys, changed rows and candidates, to be applied in this order; each in ascending order of key.
-
-    keys and tombstones are disjoint. state None: that of new rows; last_update_us None: unknown; counts (occurrences of
-    each row in updates) None: 0. candidates: ids that were seen but not admitted yet, as words of hour << 16 | count.
-    """
-
-    keys: Int64Array  # [n]
-    weights: Float32Array  # [n, dim]
-    state: Float32Array | None = None  # [n, state_dim]: optimiser state
-    tombstones: Int64Array = field(default_factory=_no_ids)  # [m]
-    last_update_us: Int64Array | None = None  # [n]: event time of each row's newest update, whole seconds, 0 = unknown
-    counts: UInt16Array | None = None  # [n]
-    candidate_keys: Int64Array = field(default_factory=_no_ids)  # [c]
-    candidates: UInt32Array = field(default_factory=lambda: np.empty(0, np.uint32))  # [c]
-
-    @classmethod
-    def of(cls, arrays: freshet_table.Delta) -> TableDelta:
-        """As the compiled table exports it."""
-        keys, weights, state, last_update_us, counts, candidate_keys, candidates, tombstones = arrays
-        return cls(keys, weights, state, tombstones, last_update_us, counts, candidate_keys, candidates)
 
 
 def slot_hash(slot: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.table_arrays import TableDelta
+from model.table_delta import TableDelta
 
 if TYPE_CHECKING:
     from model._native import freshet_table

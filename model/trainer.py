@@ -17,7 +17,8 @@ from model.inputs import MICROSECONDS, NO_EVENT, UserEvents
 from model.precision import training_precision
 from model.sequence_model import SequenceModel
 from model.stochastic_length import StochasticLength
-from model.table import EmbeddingTable, TableDelta
+from model.table import EmbeddingTable
+from model.table_delta import TableDelta
 
 PROGRESS = "/table_progress"
 CONTINUAL = -1
@@ -274,4 +275,4 @@ class Trainer:
         self.load_optimizer_state({name[10:]: v for name, v in state.items() if name.startswith("optimizer/")})
         for slot, table in tables.items():
             parts = {key: state[f"tables/{slot}/{key}"].numpy() for key in ROW_PARTS}
-            table.apply_delta(TableDelta(tombstones=np.zeros(0, dtype=np.int64), **parts))
+            table.apply_delta(TableDelta(**parts))

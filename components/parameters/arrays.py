@@ -12,31 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.table_delta import TableDelta
+
 Array = npt.NDArray[np.generic]
 Files = dict[str, dict[str, Array]]
 """The three files of an entry: tables, state, dense -> array name -> array."""
 
 FILES = ("tables", "state", "dense")
-STATE_PARTS = ("state", "last_update_us", "counts", "candidate_keys", "candidates")
+ROW_PARTS = ("keys", "weights", "tombstones")
+STATE_PARTS = ("state", "last_update_us")
+LATER_PARTS = ("counts", "candidate_keys", "candidates")
+"""Logs of before these were kept have none."""
 _OPTIMIZER = "optimizer/"
-
-
-@dataclass(frozen=True, eq=False)
-class TableDelta:
-    """Rows of one slot to write and keys to erase; erasing comes first. Keys are distinct.
-
-    A server reads no optimiser state: then `state`, `last_update_us`, `counts` and the candidates are None. Candidates
-    are ids seen but not admitted to the table yet (see model.table); logs of before they were kept have none.
-    """
-
-    keys: npt.NDArray[np.int64]  # [n]
-    weights: npt.NDArray[np.float32]  # [n, dim]
-    state: npt.NDArray[np.float32] | None  # [n, state_dim]: optimiser state
-    tombstones: npt.NDArray[np.int64]  # [m]
-    last_update_us: npt.NDArray[np.int64] | None  # [n]: event time of each row's newest update, 0 = unknown
-    counts: npt.NDArray[np.uint16] | None = None  # [n]: occurrences of each row in updates
-    candidate_keys: npt.NDArray[np.int64] | None = None  # [c]
-    candidates: npt.NDArray[np.uint32] | None = None  # [c]: hour and count of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +54,13 @@ def _fold_slot(parts: Sequence[TableDelta]) -> TableDelta:
     """In order, the last word on each key: a row (its number), gone (-1), or a candidate (-2 - its number)."""
     keys, words, rows, candidates = [], [], 0, 0
     for part in parts:
-        seen = _no_ids() if part.candidate_keys is None else part.candidate_keys
-        keys += [part.tombstones, part.keys, seen]
+        keys += [part.tombstones, part.keys, part.candidate_keys]
         words += [
             np.full(len(part.tombstones), -1),
             np.arange(rows, rows + len(part.keys)),
-            -2 - np.arange(candidates, candidates + len(seen)),
+            -2 - np.arange(candidates, candidates + len(part.candidate_keys)),
         ]
-        rows, candidates = rows + len(part.keys), candidates + len(seen)
+        rows, candidates = rows + len(part.keys), candidates + len(part.candidate_keys)
     all_keys, all_words = np.concatenate(keys), np.concatenate(words)
     order = np.argsort(all_keys, kind="stable")
     is_last = np.append(np.diff(all_keys[order]) != 0, True)[: len(order)]
@@ -82,22 +68,15 @@ def _fold_slot(parts: Sequence[TableDelta]) -> TableDelta:
     chosen, waiting = word[word >= 0], -2 - word[word < -1]
     counted = any(part.counts is not None for part in parts)
     counts = [np.zeros(len(part.keys), np.uint16) if part.counts is None else part.counts for part in parts]
-    with_candidates = any(part.candidates is not None for part in parts)
-    seen_words = [np.empty(0, np.uint32) if part.candidates is None else part.candidates for part in parts]
     return TableDelta(
         keys=key[word >= 0],
         weights=np.concatenate([part.weights for part in parts])[chosen],
         state=_gather([part.state for part in parts], chosen),
-        tombstones=_no_ids(),
         last_update_us=_gather([part.last_update_us for part in parts], chosen),
         counts=np.concatenate(counts)[chosen] if counted else None,
-        candidate_keys=key[word < -1] if with_candidates else None,
-        candidates=np.concatenate(seen_words)[waiting] if with_candidates else None,
+        candidate_keys=key[word < -1],
+        candidates=np.concatenate([part.candidates for part in parts])[waiting],
     )
-
-
-def _no_ids() -> npt.NDArray[np.int64]:
-    return np.empty(0, np.int64)
 
 
 def _gather(arrays: Sequence[Any], chosen: npt.NDArray[np.int64]) -> Any:
@@ -145,10 +124,8 @@ def to_files(parameters: Parameters) -> Files:
     """The arrays of each of the three files; the weights a server reads lie apart from the trainer's state."""
     files: Files = {"tables": {}, "state": {}, "dense": dict(parameters.dense)}
     for slot, table in parameters.tables.items():
-        files["tables"][f"{slot}.keys"] = table.keys
-        files["tables"][f"{slot}.weights"] = table.weights
-        files["tables"][f"{slot}.tombstones"] = table.tombstones
-        for name in STATE_PARTS:
+        files["tables"] |= {f"{slot}.{name}": getattr(table, name) for name in ROW_PARTS}
+        for name in (*STATE_PARTS, *LATER_PARTS):
             if (array := getattr(table, name)) is not None:
                 files["state"][f"{slot}.{name}"] = array
     files["state"] |= {_OPTIMIZER + name: array for name, array in parameters.optimizer.items()}
@@ -157,20 +134,15 @@ def to_files(parameters: Parameters) -> Files:
 
 def from_files(files: Mapping[str, Mapping[str, Array]], n: int) -> Parameters:
     """The inverse of `to_files`; without a "state" file the state stays None. KeyError names a missing array."""
-    rows, state = files["tables"], files.get("state")
-    slots = sorted({name.rpartition(".")[0] for name in rows})
-    tables = {
-        slot: TableDelta(
-            keys=rows[f"{slot}.keys"],  # type: ignore[arg-type]
-            weights=rows[f"{slot}.weights"],  # type: ignore[arg-type]
-            state=None if state is None else state[f"{slot}.state"],  # type: ignore[arg-type]
-            tombstones=rows[f"{slot}.tombstones"],  # type: ignore[arg-type]
-            last_update_us=None if state is None else state[f"{slot}.last_update_us"],  # type: ignore[arg-type]
-            **{name: None if state is None else state.get(f"{slot}.{name}") for name in STATE_PARTS[2:]},  # type: ignore[arg-type]
-        )
-        for slot in slots
-    }
-    optimizer = {name[len(_OPTIMIZER) :]: a for name, a in (state or {}).items() if name.startswith(_OPTIMIZER)}
+    rows, state = files["tables"], files.get("state", {})
+    tables = {}
+    for slot in sorted({name.rpartition(".")[0] for name in rows}):
+        parts: dict[str, Any] = {name: rows[f"{slot}.{name}"] for name in ROW_PARTS}
+        if "state" in files:
+            parts |= {name: state[f"{slot}.{name}"] for name in STATE_PARTS}
+            parts |= {name: state[f"{slot}.{name}"] for name in LATER_PARTS if f"{slot}.{name}" in state}
+        tables[slot] = TableDelta(**parts)
+    optimizer = {name[len(_OPTIMIZER) :]: a for name, a in state.items() if name.startswith(_OPTIMIZER)}
     return Parameters(dict(files["dense"]), tables, optimizer, n)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from components.errors import BadInput
-from components.parameters.arrays import Array, ParameterDelta, Parameters, TableDelta
+from components.parameters.arrays import Array, ParameterDelta, Parameters
 from components.parameters.log import MODELS
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from model.catalogue import ItemCatalogue
     from model.sequence_model import SequenceModel
     from model.table import EmbeddingTable
-    from model.table import TableDelta as Export
+    from model.table_delta import TableDelta
     from model.trainer import Trainer
 
 
@@ -70,15 +69,7 @@ def load_into(trainer: Trainer, parameters: Parameters) -> None:
     if parameters.optimizer:
         trainer.load_optimizer_state(_tensors(parameters.optimizer))
     for slot, table in tables.items():
-        table.apply_delta(_rows(parameters.tables[slot]))
-
-
-def _rows(rows: TableDelta) -> Export:
-    """As the table takes them; without a trainer's state, which was not read, rows start with a new row's."""
-    from model.table import TableDelta as Export
-
-    known = {part.name: getattr(rows, part.name) for part in fields(rows)}
-    return Export(**{name: value for name, value in known.items() if value is not None})
+        table.apply_delta(parameters.tables[slot])
 
 
 def export_all(trainer: Trainer) -> Parameters:
@@ -97,12 +88,8 @@ def export_changes(trainer: Trainer, since: Mapping[str, int], n: int) -> Parame
     return _export(trainer, {slot: table.export_delta(since[slot]) for slot, table in tables.items()}, n)
 
 
-def _export(trainer: Trainer, tables: Mapping[str, Export], n: int) -> Parameters:
-    rows = {
-        slot: TableDelta(**{part.name: getattr(table, part.name) for part in fields(TableDelta)})
-        for slot, table in tables.items()
-    }
-    return Parameters(_arrays(trainer.dense()), rows, _arrays(trainer.optimizer_state()), n)
+def _export(trainer: Trainer, tables: Mapping[str, TableDelta], n: int) -> Parameters:
+    return Parameters(_arrays(trainer.dense()), dict(tables), _arrays(trainer.optimizer_state()), n)
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from components.errors import BadInput, CorruptLog
 from components.parameters import arrays
 from components.parameters.arrays import Array, Files, Parameters
 from components.storage import Storage
+from model.table_delta import TableDelta
 
 MODELS = ("ranker", "retriever")
 MANIFEST = "manifest.json"
@@ -159,7 +160,7 @@ def parse_manifest(url: str, data: bytes, model: str, version: int, kind: Kind, 
     return manifest
 
 
-def counted(parameters: Parameters, count: Callable[[arrays.TableDelta], int]) -> dict[str, int]:
+def counted(parameters: Parameters, count: Callable[[TableDelta], int]) -> dict[str, int]:
     return {slot: count(table) for slot, table in sorted(parameters.tables.items())}
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from components.parameters.arrays import Array, Parameters, TableDelta
+from components.parameters.arrays import Array, Parameters
 from components.parameters.reader import LogReader
 from components.parameters.writer import LogWriter
 from components.storage import Storage
+from model.table_delta import TableDelta
 
 Row = tuple[np.ndarray, np.ndarray, int]
 WINDOW = "20220501T000000Z-20220502T000000Z"

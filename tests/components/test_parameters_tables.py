@@ -9,24 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.parameters import arrays
-from components.parameters.arrays import Parameters, TableDelta, fold, from_files, to_files
-from components.parameters.bridge import _rows
+from components.parameters.arrays import Parameters, fold, from_files, to_files
 from model.table import EmbeddingTable
-from model.table import TableDelta as Export
+from model.table_delta import TableDelta
 
 DAY_US = 86_400_000_000
 SETTINGS = {"admission_threshold": 3, "ttl_us": 2 * DAY_US, "sweep_steps": 1, "initial_accumulator": 0.5}
 
 
-def through_files(export: Export, n: int) -> Parameters:
-    rows = TableDelta(**{part.name: getattr(export, part.name) for part in fields(TableDelta)})
-    files = to_files(Parameters({}, {"item": rows}, {}, n))
+def through_files(export: TableDelta, n: int) -> Parameters:
+    files = to_files(Parameters({}, {"item": export}, {}, n))
     return from_files({name: arrays.decode(arrays.encode(content)) for name, content in files.items()}, n)
 
 
 def assert_same(a: EmbeddingTable, b: EmbeddingTable) -> None:
     ours, theirs = a.export_all(), b.export_all()
-    for part in fields(Export):
+    for part in fields(TableDelta):
         np.testing.assert_array_equal(getattr(ours, part.name), getattr(theirs, part.name), err_msg=part.name)
 
 
@@ -55,8 +53,8 @@ def test_a_restart_from_the_log_knows_rows_counts_candidates_and_what_expired(
         since = closed
     step_by_step = EmbeddingTable("item", 2, **SETTINGS)  # type: ignore[arg-type]
     for part in parts:
-        step_by_step.apply_delta(_rows(part.tables["item"]))
+        step_by_step.apply_delta(part.tables["item"])
     assert_same(step_by_step, trained)
     at_once = EmbeddingTable("item", 2, **SETTINGS)  # type: ignore[arg-type]
-    at_once.apply_delta(_rows(fold(parts).tables["item"]))
+    at_once.apply_delta(fold(parts).tables["item"])
     assert_same(at_once, trained)

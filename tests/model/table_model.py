@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from model.table import EmbeddingTable, TableDelta, slot_hash
+from model.table import EmbeddingTable, slot_hash
+from model.table_delta import TableDelta
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

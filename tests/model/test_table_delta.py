@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.table import OPTIMIZERS, EmbeddingTable, TableDelta
+from model.table import OPTIMIZERS, EmbeddingTable
+from model.table_delta import TableDelta
 from tests.model.table_model import assert_same_table, column, int64
 
 torch.set_num_threads(1)

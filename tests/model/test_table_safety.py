@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.table import EmbeddingTable, Events, TableDelta
+from model.table import EmbeddingTable, Events
 from model.table_arrays import MAX_TIME_US
+from model.table_delta import TableDelta
 from tests.model.table_model import EXTREME, INT64, assert_same_table, column, id_of_hash, int64
 
 torch.set_num_threads(1)
