@@ -22,7 +22,7 @@ NAME = "manifest.json"
 class Manifest(BaseModel):
     """One published data set; paths are relative to the storage root."""
 
-    kind: str = Field(description="interactions, sequences or items")
+    kind: str = Field(description="interactions or sequences")
     name: str = Field(description="window key or data set id")
     windows: list[str] = Field(default=[], description="keys of the windows whose events are inside")
     inputs: list[str] = Field(default=[], description="manifests and files that were read")
