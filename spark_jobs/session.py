@@ -142,7 +142,7 @@ def java_home() -> Path:
     seen = f"found only {', '.join(found)}" if found else "found none"
     raise BadInput(
         f"Spark needs a JDK {OLDEST_JAVA} or newer, {seen}; "
-        "install one (apt-get install openjdk-17-jre-headless) or set JAVA_HOME"
+        "install one (apt-get install openjdk-17-jdk-headless) or set JAVA_HOME"
     )
 
 
