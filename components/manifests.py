@@ -60,10 +60,13 @@ def _sweep(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 def find(storage: Storage, folder: str) -> Manifest | None:
     """The published manifest of `folder`, or None while there is none."""
+    path = f"{folder}/{NAME}"
     try:
-        return _read(storage, f"{folder}/{NAME}")
+        return Manifest.model_validate_json(storage.read_bytes(path))
     except FileNotFoundError:
         return None
+    except ValidationError as error:
+        raise BadInput(f"{storage.url(path)} is truncated or no manifest; delete it and make its data again") from error
 
 
 def require(storage: Storage, folder: str, remedy: str) -> Manifest:
@@ -72,19 +75,6 @@ def require(storage: Storage, folder: str, remedy: str) -> Manifest:
     if manifest is None:
         raise BadInput(f"{storage.url(folder)} has no manifest; {remedy}")
     return manifest
-
-
-def find_all(storage: Storage, prefix: str) -> list[Manifest]:
-    """All published manifests directly below `prefix`, by name."""
-    paths = [path for path in storage.list(prefix) if path.endswith(f"/{NAME}")]
-    return [_read(storage, path) for path in paths]
-
-
-def _read(storage: Storage, path: str) -> Manifest:
-    try:
-        return Manifest.model_validate_json(storage.read_bytes(path))
-    except ValidationError as error:
-        raise BadInput(f"{storage.url(path)} is truncated or no manifest; delete it and make its data again") from error
 
 
 def read_part(storage: Storage, manifest: Manifest, part: str) -> pa.Table:

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
-from components import manifests
+from components.join.run import manifests_of, published
+from components.manifests import read_part
 from components.schemas import action_bit
 from components.storage import Storage
 from components.windows import Window
@@ -67,7 +68,7 @@ class KuaiRandStory(Story):
 
 def baselines(storage: Storage) -> dict[str, dict[str, float]]:
     """The item-user rate baselines on the published interactions: without and with page, frozen and daily."""
-    parts = {m.name: manifests.read_part(storage, m, "data") for m in manifests.find_all(storage, "interactions")}
+    parts = {m.name: read_part(storage, m, "data") for m in manifests_of(storage, published(storage))}
     windows = [_columns(parts.pop(window.key)) for window in WINDOWS]
     past = _columns(pa.concat_tables(parts.values()))
     rows: dict[str, dict[str, float]] = {}

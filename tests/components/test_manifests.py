@@ -25,7 +25,7 @@ def test_data_is_invisible_until_its_manifest_is_published(storage: Storage) -> 
     with pytest.raises(BadInput, match="run the join first"):
         manifests.require(storage, "things/one", "run the join first")
     manifests.publish(storage, "things/one", manifest)
-    assert manifests.find_all(storage, "things") == [manifest]
+    assert manifests.find(storage, "things/one") == manifest
 
 
 def test_looking_for_a_manifest_is_one_request(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +65,8 @@ def test_a_truncated_manifest_is_named_with_the_remedy(storage: Storage) -> None
     manifests.publish(storage, "things/one", write(storage, 1))
     path = "things/one/manifest.json"
     storage.write_bytes(path, storage.read_bytes(path)[:-9])
-    for read in (lambda: manifests.find(storage, "things/one"), lambda: manifests.find_all(storage, "things")):
-        with pytest.raises(BadInput, match=r"things/one/manifest\.json is truncated or no manifest; delete it"):
-            read()
+    with pytest.raises(BadInput, match=r"things/one/manifest\.json is truncated or no manifest; delete it"):
+        manifests.find(storage, "things/one")
 
 
 def test_an_unknown_part_is_refused_naming_those_that_exist(storage: Storage) -> None:

@@ -9,7 +9,8 @@ import httpx
 import pytest
 from rich.console import Console
 
-from components import manifests
+from components.join.run import manifest_of, manifests_of, published
+from components.manifests import read_part
 from components.parameters.reader import LogReader
 from components.rollout.record import current, history
 from components.storage import Storage
@@ -57,13 +58,13 @@ def test_each_window_is_learned_from_and_served(story: SyntheticStory) -> None:
 
 def test_each_impression_is_in_exactly_one_window(story: SyntheticStory) -> None:
     storage = Storage(story.stack.root)
-    published = manifests.find_all(storage, "interactions")
+    windows = published(storage)
     keys = [
         (row["request_id"], row["item_id"])
-        for manifest in published
-        for row in manifests.read_part(storage, manifest, "data").select(["request_id", "item_id"]).to_pylist()
+        for manifest in manifests_of(storage, windows)
+        for row in read_part(storage, manifest, "data").select(["request_id", "item_id"]).to_pylist()
     ]
-    assert len(published) == 4 and len(keys) == len(set(keys)) > 8_000
+    assert len(windows) == 4 and len(keys) == len(set(keys)) > 8_000
 
 
 def test_the_second_release_became_champion_through_shadow_and_canary(story: SyntheticStory) -> None:
@@ -101,8 +102,8 @@ def test_the_log_of_the_champion_can_be_restored_at_every_sync_point(story: Synt
 def served(story: SyntheticStory) -> dict[str, Any]:
     """Which parameters are served, and the scores they give one user's candidates."""
     storage = Storage(story.stack.root)
-    newest = manifests.find_all(storage, "interactions")[-1]
-    row = manifests.read_part(storage, newest, "data").slice(0, 1).to_pylist()[0]
+    newest = manifest_of(storage, published(storage)[-1])
+    row = read_part(storage, newest, "data").slice(0, 1).to_pylist()[0]
     body = {"user_id": row["user_id"], "candidates": [row["item_id"], 1, 2, 3], "page": row["page"]}
     answer = httpx.post(f"{story.stack.url('serve')}/v1/rank", json=body, timeout=30).raise_for_status().json()
     champion = story.server_status()["tracks"]["champion"]
