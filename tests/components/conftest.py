@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from infra.local.services import free_port
 
 if TYPE_CHECKING:
     from tests.components.serving import Live
@@ -67,9 +68,7 @@ def mlflow_server(mlflow_database: Path, tmp_path_factory: pytest.TempPathFactor
     """A real MLflow server on a free port."""
     folder = tmp_path_factory.mktemp("mlflow-server")
     (folder / "mlflow.db").write_bytes(mlflow_database.read_bytes())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = [
         "--host=127.0.0.1",
         f"--port={port}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from components.serve.config import ServeConfig
 from components.serve.server import Server
 from components.serve.user import build_events, split_by_user
 from components.storage import Storage
+from infra.local.services import free_port
 from model.catalogue import ItemCatalogue
 from model.dataset import SequenceDataset
 from model.inputs import EVENT_DTYPES, UserEvents
@@ -141,12 +141,6 @@ def release(storage: Storage, **state: Any) -> RolloutState:
     entry = RolloutState(seq=record.current(storage).seq + 1, **state)
     record.append(storage, entry)
     return entry
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Process:

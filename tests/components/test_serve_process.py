@@ -14,11 +14,11 @@ from components.config import cli
 from components.serve.config import ServeConfig
 from components.serve.run import run
 from components.storage import Storage
+from infra.local.services import free_port
 from tests.components.serving import (
     ITEM_IDS,
     answer,
     clicks,
-    free_port,
     items_of,
     read_log,
     serving,

@@ -12,6 +12,7 @@ import pytest
 
 from components.errors import BadInput, FreshetError
 from components.storage import Storage
+from infra.local.services import free_port
 from spark_jobs import session
 from tests.spark_jobs.log import HOURS, action, impression, write
 
@@ -72,19 +73,13 @@ def test_an_s3_root_takes_its_settings_from_the_environment_that_boto3_reads(mon
     assert not any("s3a" in key for key in session.settings("local[2]", "file:///tmp"))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.integration
 def test_the_steps_run_on_a_connect_server_that_ends_at_one_sigterm(tmp_path: Path) -> None:
     """In the locale C, too, in which Java cannot name a folder that has an umlaut."""
     storage = Storage(f"file://{tmp_path}/Über uns")
     write(storage, "impressions", [impression(1, 5, 10), impression(1, 6, 10)])
     write(storage, "actions", [action(1, 5, 11), action(1, 5, 12, "watch", value=3.0)])
-    port = _free_port()
+    port = free_port()
     environment = os.environ | {
         "FRESHET_ROOT": storage.root,
         "FRESHET_SPARK": f"sc://127.0.0.1:{port}",
