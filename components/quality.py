@@ -26,12 +26,6 @@ class Quality:
     curves: dict[str, Curve]
 
 
-def flat_name(name: str) -> str:
-    """'click/auc' -> 'auc_click', 'hr@10' -> 'hr_10'."""
-    head, _, metric = name.rpartition("/")
-    return (f"{metric}_{head}" if head else metric).replace("@", "_")
-
-
 def measure(trainer: Trainer, users: SequenceDataset | None) -> Quality:
     """Evaluate without learning; no users, no metrics. Metrics that are undefined (no positives) are left out."""
     from components.tracking import finite
@@ -41,13 +35,12 @@ def measure(trainer: Trainer, users: SequenceDataset | None) -> Quality:
     outputs = {} if users is None else trainer.predict(users)
     if not outputs:
         return Quality({}, {})
-    metrics = {flat_name(name): value for name, value in trainer.model.summarise(outputs).items()}
     curves = {}
     for column, head in enumerate(trainer.model.head_names if isinstance(trainer.model, Ranker) else []):
         curves[head] = calibration_curve(
             outputs["label"][:, column], outputs["probability"][:, column], CALIBRATION_BINS
         )
-    return Quality(finite(metrics), curves)
+    return Quality(finite(trainer.model.summarise(outputs)), curves)
 
 
 def choose_items(trainer: Trainer, items: Items, part: Part) -> None:

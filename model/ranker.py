@@ -206,15 +206,15 @@ class Ranker(SequenceModel):
         }
 
     def summarise(self, outputs: dict[str, NDArray]) -> dict[str, float]:
-        """auc, ne, calibration and rate of every head ('<head>/auc', ...), rmse_log of watch time, and
+        """auc, ne, calibration and rate of every head ('auc_<head>', ...), rmse_log of watch time, and
         the number of impressions."""
         result = {"impressions": float(len(outputs["label"]))}
         for column, name in enumerate(self.head_names):
             label, probability = outputs["label"][:, column], outputs["probability"][:, column]
-            result[f"{name}/auc"] = auc(label, probability)
-            result[f"{name}/ne"] = normalised_entropy(label, probability)
-            result[f"{name}/calibration"] = calibration(label, probability)
-            result[f"{name}/rate"] = float(label.mean())
+            result[f"auc_{name}"] = auc(label, probability)
+            result[f"ne_{name}"] = normalised_entropy(label, probability)
+            result[f"calibration_{name}"] = calibration(label, probability)
+            result[f"rate_{name}"] = float(label.mean())
         for column, name in enumerate(self.regression_names):
             result |= _fit_of(name, outputs["value"][:, column], outputs["seconds"])
         return result
@@ -224,7 +224,7 @@ def _fit_of(name: str, predicted: NDArray[np.float32], seconds: NDArray[np.float
     known = np.isfinite(seconds) & (seconds >= 0)
     difference = predicted[known] - np.log1p(seconds[known])
     error = float(np.sqrt(np.mean(difference**2))) if known.any() else float("nan")
-    return {f"{name}/rmse_log": error}
+    return {f"rmse_log_{name}": error}
 
 
 def _candidate_ids(candidates: Int64s) -> Int64s:

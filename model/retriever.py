@@ -168,9 +168,9 @@ class Retriever(SequenceModel):
         return {"rank": ranks_of(scores, own), "user_id": tokens.user[tokens.targets].numpy()}
 
     def summarise(self, outputs: dict[str, NDArray]) -> dict[str, float]:
-        """requests (positives), hr@k, ndcg@k for k in 10, 50, 200."""
+        """requests (positives), hr_<k>, ndcg_<k> for k in 10, 50, 200."""
         ranks = outputs["rank"]
         result = {"requests": float(len(ranks))}
         for k in CUTS:
-            result[f"hr@{k}"], result[f"ndcg@{k}"] = hit_rate(ranks, k), ndcg(ranks, k)
+            result[f"hr_{k}"], result[f"ndcg_{k}"] = hit_rate(ranks, k), ndcg(ranks, k)
         return result

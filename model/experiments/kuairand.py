@@ -52,8 +52,8 @@ def baseline(log: Log, starts: Sequence[int], *, daily: bool, with_page: bool) -
                 counted = start
             now = (log.time >= start) & (log.time < start + DAY_US)
             p = model.predict({name: column[now] for name, column in columns.items()})
-            row[f"{action}/auc"], row[f"{action}/ne"] = auc(label[now], p), normalised_entropy(label[now], p)
-            row[f"{action}/calibration"] = calibration(label[now], p)
+            row[f"auc_{action}"], row[f"ne_{action}"] = auc(label[now], p), normalised_entropy(label[now], p)
+            row[f"calibration_{action}"] = calibration(label[now], p)
     return mean(rows)
 
 
@@ -82,8 +82,8 @@ def table(rows: dict[str, Metrics]) -> str:
     lines = ["| model | " + " | ".join(f"{h} AUC | {h} NE" for h in heads) + " | click calibration |"]
     lines.append("|---" * (2 * len(heads) + 2) + "|")
     for name, row in rows.items():
-        cells = [f"{row[f'{h}/auc']:.4f} | {row[f'{h}/ne']:.4f}" for h in heads]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['click/calibration']:.3f} |")
+        cells = [f"{row[f'auc_{h}']:.4f} | {row[f'ne_{h}']:.4f}" for h in heads]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['calibration_click']:.3f} |")
     return "\n".join(lines)
 
 
@@ -111,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     } | {"HSTU, frozen": mean(frozen), "HSTU, continual": mean(continual)}
     print(table(rows))
     for day, (one, other) in enumerate(zip(frozen, continual, strict=True), start=1):
-        gain = other["click/auc"] - one["click/auc"]
-        print(f"window {day}: click AUC frozen {one['click/auc']:.4f} continual {other['click/auc']:.4f} ({gain:+.4f})")
+        gain = other["auc_click"] - one["auc_click"]
+        print(f"window {day}: click AUC frozen {one['auc_click']:.4f} continual {other['auc_click']:.4f} ({gain:+.4f})")
     gains = {
-        f"{phase}_{action}_auc_gain": rows[f"HSTU, {phase}"][f"{action}/auc"] - rows[f"rates, {kind}"][f"{action}/auc"]
+        f"{phase}_{action}_auc_gain": rows[f"HSTU, {phase}"][f"auc_{action}"] - rows[f"rates, {kind}"][f"auc_{action}"]
         for phase, kind in (("frozen", "frozen"), ("continual", "daily"))
         for action in ("click", "long_view")
     }
-    figures = {f"{name}_click_auc": row["click/auc"] for name, row in rows.items()}
+    figures = {f"{name}_click_auc": row["auc_click"] for name, row in rows.items()}
     print("RESULT " + json.dumps(gains | figures | seconds | {"config": config.model_dump()}))
 
 

@@ -1,4 +1,4 @@
-"""What the training steps share: datasets, items, metric names, progress, and the bridge to the model."""
+"""What the training steps share: datasets, items, progress, and the bridge to the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from components.figures import learning_curve
 from components.manifests import Manifest, find
 from components.parameters.bridge import build_model, export_all, load_into
 from components.progress import progress
-from components.quality import flat_name
 from components.schemas import ITEMS
 from components.storage import Storage
 from components.tracking import Run
@@ -79,14 +78,6 @@ def test_items_are_available_within_their_times_and_later_rows_win(storage: Stor
 
 def test_no_items_are_known_of_an_empty_store(storage: Storage) -> None:
     assert len(sequence_data.read_items(storage).catalogue) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "flat"),
-    [("click/auc", "auc_click"), ("long_view/ne", "ne_long_view"), ("hr@10", "hr_10"), ("impressions", "impressions")],
-)
-def test_metric_names_are_flat(name: str, flat: str) -> None:
-    assert flat_name(name) == flat
 
 
 @pytest.mark.parametrize("model", ["ranker", "retriever"])

@@ -161,7 +161,7 @@ def test_values_that_are_no_number_of_seconds_do_no_harm(ranker: Ranker, value: 
     trainer = Trainer(ranker)
     assert np.isfinite(trainer.fit(SequenceDataset(table(people)))["loss"])
     assert np.isfinite(ranker.score(people[0], IDS, NOW)).all()
-    assert np.isfinite(trainer.evaluate(SequenceDataset(table(people)))["click/ne"])
+    assert np.isfinite(trainer.evaluate(SequenceDataset(table(people)))["ne_click"])
 
 
 def test_events_of_the_far_past_and_future_are_scored(ranker: Ranker) -> None:

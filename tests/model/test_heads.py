@@ -66,7 +66,7 @@ def test_watch_time_is_learned_and_served_in_seconds() -> None:
     seconds = model.watch_seconds(user(1, 12, 9), np.array([2, 4, 6, 1, 3, 5]), START + 10**13)
     assert (seconds[:3] > 30).all() and (seconds[3:] < 10).all() and seconds.min() >= 0
     metrics = trainer.evaluate(SequenceDataset(table([watched(user(i, 12, 9)) for i in range(5)])))
-    assert metrics["watch/rmse_log"] < 1.0
+    assert metrics["rmse_log_watch"] < 1.0
 
 
 def test_a_value_that_is_not_predicted_is_refused() -> None:
@@ -84,7 +84,7 @@ def test_predictions_are_calibrated_whatever_share_of_the_negatives_is_trained_o
     seen = trainer.fit(data)["targets"] / 4
     assert (seen < 0.6 * data.targets()) if rate < 1 else (seen == data.targets())
     metrics = trainer.evaluate(data)
-    assert 0.85 < metrics["click/calibration"] < 1.15, "uncorrected it would promise more than twice as much"
+    assert 0.85 < metrics["calibration_click"] < 1.15, "uncorrected it would promise more than twice as much"
 
 
 def test_seconds_are_unbiased_with_a_share_of_the_negatives() -> None:

@@ -67,6 +67,6 @@ def test_the_published_figures_come_out(
 ) -> None:
     first = day_us(FIRST_WINDOW, 8)  # the file's own days are those of UTC+8
     row = baseline(log, [first + i * DAY_US for i in range(WINDOWS)], daily=daily, with_page=page)
-    assert row["click/auc"] == pytest.approx(click_auc, abs=1e-3)
-    assert row["click/ne"] == pytest.approx(click_ne, abs=1e-3)
-    assert row["long_view/auc"] == pytest.approx(long_view_auc, abs=1e-3)
+    assert row["auc_click"] == pytest.approx(click_auc, abs=1e-3)
+    assert row["ne_click"] == pytest.approx(click_ne, abs=1e-3)
+    assert row["auc_long_view"] == pytest.approx(long_view_auc, abs=1e-3)

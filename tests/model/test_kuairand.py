@@ -77,6 +77,6 @@ def test_hstu_beats_the_rates_frozen_and_continual_and_continual_beats_frozen() 
     starts = [first + i * DAY_US for i in range(WINDOWS)]
     one, other, _ = hstu(read_log(data), read_catalogue(data), starts, RankerConfig())
     frozen, continual = mean(one), mean(other)
-    assert frozen["click/auc"] > 0.716 and frozen["click/ne"] < 0.892 and frozen["long_view/auc"] > 0.713
-    assert continual["click/auc"] > 0.728 and continual["click/ne"] < 0.882 and continual["long_view/auc"] > 0.724
-    assert continual["click/auc"] > frozen["click/auc"] and continual["click/ne"] < frozen["click/ne"]
+    assert frozen["auc_click"] > 0.716 and frozen["ne_click"] < 0.892 and frozen["auc_long_view"] > 0.713
+    assert continual["auc_click"] > 0.728 and continual["ne_click"] < 0.882 and continual["auc_long_view"] > 0.724
+    assert continual["auc_click"] > frozen["auc_click"] and continual["ne_click"] < frozen["ne_click"]

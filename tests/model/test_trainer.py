@@ -56,14 +56,14 @@ def test_the_ranker_learns_what_users_like() -> None:
     trainer.fit(liking(), on_step=lambda step: losses.append(step.loss))
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     metrics = trainer.evaluate(liking(80))
-    assert metrics["click/auc"] > 0.95 and metrics["click/ne"] < 0.6 and metrics["impressions"] == 800
+    assert metrics["auc_click"] > 0.95 and metrics["ne_click"] < 0.6 and metrics["impressions"] == 800
 
 
 def test_the_retriever_learns_what_users_like() -> None:
     trainer = Trainer(retriever(epochs=15, dense_lr=0.01, table_lr=0.1))
-    before = trainer.evaluate(liking())["hr@10"]
+    before = trainer.evaluate(liking())["hr_10"]
     trainer.fit(liking())
-    assert trainer.evaluate(liking())["hr@10"] > max(0.9, before + 0.3)  # 10 of 40 items are liked
+    assert trainer.evaluate(liking())["hr_10"] > max(0.9, before + 0.3)  # 10 of 40 items are liked
 
 
 @pytest.mark.parametrize("make", [ranker, retriever])
@@ -198,7 +198,7 @@ def test_mixed_precision_learns_what_float32_learns(monkeypatch: pytest.MonkeyPa
     for precision in ("float32", "bfloat16"):
         trainer = Trainer(ranker(precision=precision, epochs=8, dense_lr=0.01))
         trainer.fit(liking())
-        results.append(trainer.evaluate(liking(80))["click/ne"])
+        results.append(trainer.evaluate(liking(80))["ne_click"])
     assert results[0] != results[1] and results[1] == pytest.approx(results[0], abs=0.05)
 
 
