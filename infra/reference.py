@@ -53,7 +53,7 @@ def _row(name: str, schema: dict[str, Any]) -> str:
 
 def _bounds(schema: dict[str, Any]) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    limits = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
     return ", ".join(limits) or ", ".join(schema.get("enum", []))
 
 
