@@ -23,7 +23,11 @@ class SequencesConfig(StepConfig):
     )
     end: TimeText = Field("", description="mode history: take the windows that end by this time (empty: all)")
     context_interactions: int = Field(
-        128, ge=0, le=8192, description="at most so many earlier interactions before those with loss"
+        256,
+        ge=0,
+        le=8192,
+        description="at most so many earlier interactions before those with loss; with fewer than the model's window *"
+        " layers a long history ends earlier in training than in serving",
     )
     spark: str = Field(
         "", description="local[2], sc://host:port or a Spark master (empty: $FRESHET_SPARK, else local[2])"

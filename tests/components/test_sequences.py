@@ -11,6 +11,8 @@ from components.errors import BadInput
 from components.sequences.config import SequencesConfig
 from components.sequences.run import SequencesResult, dataset_id, run
 from components.storage import Storage
+from model.ranker import RankerConfig
+from model.retriever import RetrieverConfig
 from tests.spark_jobs.log import HOURS, MASTER, impression, publish_interactions
 
 
@@ -65,6 +67,11 @@ def test_one_moment_names_one_data_set_however_it_is_written() -> None:
 def test_without_any_joined_window_the_step_says_to_join_first(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"run python -m components\.join first"):
         build(Storage(f"file://{tmp_path}/empty"))
+
+
+def test_training_looks_back_as_far_as_serving() -> None:
+    """An interaction is a token at least, and no model by default is influenced by more than its reach."""
+    assert config().context_interactions >= max(RankerConfig().reach(), RetrieverConfig().reach())
 
 
 def test_the_dataset_id_depends_on_the_settings_and_windows_but_not_on_where_it_is_built() -> None:
