@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from components.errors import BadInput
 from components.schemas import ACTIONS
-from model.catalogue import Int64s
+from model.catalogue import Int64s, int64_ids
 
 IMPRESSION, ACTION, AUX, REQUEST, CONTEXT = range(5)
 """Kinds of tokens."""
@@ -113,8 +113,11 @@ class Queries:
 
     @classmethod
     def candidates(cls, item_id: Int64s, request_time_us: int, page: int) -> Queries:
-        """The candidates of one request: each sees the history known at request time, none sees another."""
-        ids = np.asarray(item_id, dtype=np.int64)
+        """The candidates of one request: each sees the history known at request time, none sees another.
+
+        Raises BadInput for ids that are no int64.
+        """
+        ids = int64_ids(item_id, "candidates")
         return cls(IMPRESSION, ids, np.full(len(ids), request_time_us), np.full(len(ids), page))
 
     @classmethod

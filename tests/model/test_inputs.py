@@ -134,6 +134,11 @@ def test_queries_must_match_the_users() -> None:
         build([user(1, 3)], queries=[])
 
 
+def test_candidates_that_a_cast_could_merge_are_refused() -> None:
+    with pytest.raises(BadInput, match="candidates are float64"):
+        Queries.candidates(np.array([1.5, 1.25]), START, 0)
+
+
 def test_nothing_is_known_before_it_happened() -> None:
     events = user(11, 6, 1)
     early = dataclasses.replace(events, known_at=events.timestamp - 5 * SECOND)
