@@ -107,6 +107,8 @@ def build_tokens(
     """
     if queries is not None and len(queries) != len(users):
         raise BadInput(f"{len(users)} users but {len(queries)} queries; give one Queries per user")
+    if any(not len(q.item_id) == len(q.time_us) == len(q.page) for q in queries or ()):
+        raise BadInput("queries have as many items as times and pages; give one each")
     columns = _history(users, use_aux)
     order = np.lexsort(
         [columns[name] for name in ("position", "request_id", "kind", "key_time", "owner")]  # the last sorts first

@@ -132,6 +132,12 @@ def test_users_without_events_give_no_tokens() -> None:
 def test_queries_must_match_the_users() -> None:
     with pytest.raises(BadInput, match="one Queries per user"):
         build([user(1, 3)], queries=[])
+    for query in (
+        Queries.impressions(np.arange(2), np.full(2, START), np.zeros(1, np.int64)),
+        Queries.requests(np.full(2, START), np.zeros(3, np.int64)),
+    ):
+        with pytest.raises(BadInput, match="as many items as times and pages"):
+            build([user(1, 3)], queries=[query])
 
 
 def test_candidates_that_a_cast_could_merge_are_refused() -> None:
