@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -105,6 +106,19 @@ def test_the_end_of_a_layer_equals_its_reference(
     got = with_gradients(fused, leaves, [norm, out])
     norm.double(), out.double()
     assert_close(got, with_gradients(reference, [x if x is None else x.double() for x in leaves], [norm, out]))
+
+
+def test_the_norms_epsilon_counts(isa: str) -> None:
+    """Rows of a variance like epsilon, and one of equal numbers, which has none."""
+    x, weight, norm = torch.randn(50, 8) * 1e-3, torch.randn(8, 12), norm_of(8, True)
+    x[7] = 0.25
+
+    def run(project: Callable[..., Sequence[Tensor]], x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(list(project(x, norm, weight, None, [3, 3, 3, 3], 6)), 1)
+
+    got = with_gradients(partial(run, norm_silu_project), [x, weight], [norm])
+    norm.double()
+    assert_close(got, with_gradients(partial(run, project_reference), [x.double(), weight.double()], [norm]))
 
 
 def test_dropout_keeps_its_share_evenly_and_differs_by_row_column_and_seed() -> None:
