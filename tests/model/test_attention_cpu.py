@@ -58,7 +58,8 @@ def test_bfloat16_has_the_bits_of_float32_rounded(isa: str) -> None:
 def test_bfloat16_rounds_ties_to_even(length: int) -> None:
     """Rows that see themselves alone: SiLU(33) = 33, and 33 * 9 = 297 lies between 296 and 298."""
     q, k, v = (torch.full((length, 1, 1), x, dtype=torch.bfloat16, requires_grad=True) for x in (33.0, 1.0, 9.0))
-    seen = Visibility(torch.tensor([0, length]), *[torch.zeros(length, dtype=torch.int64)] * 2)
+    nothing = torch.zeros(length, dtype=torch.int64)
+    seen = Visibility(torch.tensor([0, length]), nothing, nothing)
     y = attention(q, k, v, seen, alpha=1, normaliser=1, kernel="cpu")
     y.backward(torch.full_like(y, 9))
     assert v.grad is not None
