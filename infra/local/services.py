@@ -75,11 +75,11 @@ class Supervisor:
         return sorted(path.stem for path in self.pids.glob("*.pid"))
 
     def stop(self, name: str, grace: float = 15.0) -> None:
-        """End the process group of `name`: asked first, forced after `grace` seconds."""
+        """End the process group of `name`: asked first, forced when the first process has ended, or after `grace` s."""
         if (group := self._group(name)) is not None:
             _signal_group(group, signal.SIGTERM)
             deadline = time.monotonic() + grace
-            while self._group(name) is not None and time.monotonic() < deadline:
+            while self.running(name) and time.monotonic() < deadline:
                 time.sleep(0.1)
         self.kill(name)
 
