@@ -117,6 +117,44 @@ void far_times_equal_the_definition(const std::string& isa) {
   expect_definition(call, isa + " a gap of 2^31 s");
 }
 
+std::uint16_t rounded(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+// Makes numbers that bfloat16 has of them, and returns these in that storage.
+std::vector<std::uint16_t> to_bfloat16(std::vector<float>& numbers) {
+  std::vector<std::uint16_t> halves;
+  for (float& number : numbers) {
+    halves.push_back(rounded(number));
+    const std::uint32_t bits = static_cast<std::uint32_t>(halves.back()) << 16;
+    std::memcpy(&number, &bits, sizeof bits);
+  }
+  return halves;
+}
+
+// Sums are float32, whatever the storage; a sequence of two tasks is among them.
+void bfloat16_is_float32_rounded(const std::string& isa) {
+  Call call({1100, 20}, {1100, 20}, 2, 5, 3, 1 << 20, 11);
+  const auto q = to_bfloat16(call.q), k = to_bfloat16(call.k), v = to_bfloat16(call.v);
+  const auto y_gradient = to_bfloat16(call.y_gradient);
+  const Result want = run(call, 1);
+  call.in.storage = freshet::attention::Storage::kBfloat16;
+  call.in.q = q.data(), call.in.k = k.data(), call.in.v = v.data();
+  std::vector<std::uint16_t> y(want.y.size()), of_q(q.size()), of_k(k.size()), of_v(v.size());
+  std::vector<float> position(want.position.size()), time(129);
+  freshet::attention::forward(call.in, y.data(), 1);
+  freshet::attention::backward(
+      call.in, {y_gradient.data(), of_q.data(), of_k.data(), of_v.data(), position.data(), time.data()}, 1);
+  const auto check = [&](const std::vector<std::uint16_t>& got, const std::vector<float>& exact, const char* what) {
+    const auto equal = [](std::uint16_t half, float number) { return half == rounded(number); };
+    expect(std::equal(got.begin(), got.end(), exact.begin(), equal), isa + " bfloat16: " + what + " is not rounded");
+  };
+  check(y, want.y, "y"), check(of_q, want.q, "grad q"), check(of_k, want.k, "grad k"), check(of_v, want.v, "grad v");
+  expect(same(position, want.position) && same(time, want.time), isa + " bfloat16: the bias's gradient differs");
+}
+
 // 1,100 rows are two tasks, whose gradients of keys are added up.
 void threads_change_no_bit(const std::string& isa) {
   const Call call({1100, 70, 5, 0, 33}, {1100, 70, 2, 0, 33}, 1, 9, 10, 1 << 20, 77);
@@ -197,6 +235,7 @@ int main() {
     patterns_equal_the_definition(isa);
     tasks_that_share_a_sequence_equal_the_definition(isa);
     far_times_equal_the_definition(isa);
+    bfloat16_is_float32_rounded(isa);
     threads_change_no_bit(isa);
     test_layers(isa);
     test_softmax(isa);
