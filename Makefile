@@ -21,7 +21,7 @@ $(STAMP): requirements.lock infra/bootstrap.sh
 setup: $(STAMP) build ## create .venv, install the locked dependencies, build csrc
 
 build: $(STAMP) ## build the C++ extension (only what changed)
-	@$(MAKE) --no-print-directory -C csrc PYTHON="$(CURDIR)/$(PY)"
+	@$(MAKE) --no-print-directory -j$(shell nproc) -C csrc PYTHON="$(CURDIR)/$(PY)"
 
 lint: setup ## ruff (with the Airflow rules), format check, mypy
 	@$(VENV)/bin/ruff check .
@@ -33,7 +33,6 @@ format: $(STAMP) ## apply ruff's fixes and format
 	@$(VENV)/bin/ruff format .
 
 test: lint ## lint, unit, integration and a short end-to-end run of the whole loop (WORKERS=2 processes)
-	@$(MAKE) --no-print-directory -C csrc test PYTHON="$(CURDIR)/$(PY)"
 	@$(PYTEST) -m "$(EVERYWHERE)"
 
 unit: setup ## the quick tests alone
