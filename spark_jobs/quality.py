@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from pydantic import BaseModel, Field
-from scipy.stats import binom
+from scipy.special import betainc
 
 from components.schemas import ACTIONS
 
@@ -111,7 +111,8 @@ def _surely_more(many: int, of_many: int, few: int, of_few: int, factor: float) 
     test), so that zero positives are judged as well.
     """
     share = factor * of_many / (factor * of_many + of_few) if of_many and of_few else 1.0
-    return bool(binom.sf(many - 1, many + few, share) < CHANCE)
+    # the chance of so many or more; scipy.stats has it by name, and takes a second to load in each step
+    return many > 0 and bool(betainc(many, few + 1, share) < CHANCE)
 
 
 def _share(part: int, whole: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,19 @@ def test_dags_use_the_task_sdk_and_providers_only() -> None:
         for line, name in imported(path.read_text()):
             if name.split(".")[0] == "airflow":
                 assert name.startswith(("airflow.sdk", "airflow.providers.")), f"{path.name}:{line} imports {name}"
+
+
+def test_a_step_starts_without_scipys_statistics() -> None:
+    """They take a second to load, and each step is a process of its own."""
+    steps = ", ".join(f"components.{name}.run" for name in ("ingest", "join", "sequences", "finetune"))
+    told = subprocess.run(
+        [sys.executable, "-c", f"import sys, {steps}; print('scipy.stats' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "False\n"
 
 
 @pytest.mark.parametrize(

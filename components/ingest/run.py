@@ -32,6 +32,7 @@ from components.ingest import files, kuairand, movielens, synthetic
 from components.ingest.batch import Batch, times_of
 from components.ingest.config import IngestConfig
 from components.ingest.write import event_files, items_path, last_items_path, newest_items, write_files
+from components.join.run import published
 from components.storage import Storage
 from components.windows import from_us, to_us
 from components.world.config import WorldConfig
@@ -174,8 +175,6 @@ def _items_file(storage: Storage, name: str, batch: Batch, now: datetime) -> str
 
 def _of_joined_windows(storage: Storage, batch: Batch) -> int:
     """How many of the events come too late for the join of their own window."""
-    from components.join.run import published  # with scipy, which takes a second to load
-
     times = np.sort(np.concatenate([times_of(batch.impressions), times_of(batch.actions)]))
     return sum(int(np.diff(np.searchsorted(times, [w.start_us, w.end_us]))[0]) for w in published(storage))
 
