@@ -56,10 +56,10 @@ class LocalFiles:
         return (self.folder / path).is_file()
 
     def list(self, prefix: str) -> list[str]:
-        found = []
+        found, root = list[str](), len(os.path.join(self.folder, ""))
         for folder, _, names in os.walk(self.folder / prefix, onerror=_unless_gone):
-            place = Path(folder).relative_to(self.folder)
-            found += [(place / name).as_posix() for name in names if not name.startswith(".")]
+            place = os.path.join(folder, "")[root:]  # texts: a day of a server's events are 40,000 files of each kind
+            found += [place + name for name in names if not name.startswith(".")]
         return sorted(found)
 
     def delete(self, path: str) -> None:
