@@ -6,6 +6,7 @@ Kept for ever: snapshot 0 (the frozen model that continual training is compared 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import suppress
 
 from components.errors import AlreadyExists
@@ -56,10 +57,12 @@ def _folded(reader: LogReader, base: int) -> list[str]:
 
 def _dead_attempts(reader: LogReader) -> list[str]:
     """Data files beside a published manifest that does not name them: of writers that died or lost the race."""
-    dead = []
+    dead, folders = list[str](), defaultdict[str, list[str]](list)
+    for path in reader.storage.list(reader.folder):  # once: on S3 a listing of each folder is a request for each delta
+        folders[path.rpartition("/")[0]].append(path)
     for kind, numbers in reader.points().items():
         for n in numbers:
-            paths = reader.storage.list(log.entry_folder(reader.model, reader.version, kind, n))
+            paths = folders[log.entry_folder(reader.model, reader.version, kind, n)]
             entry = reader.find(kind, n) if len(paths) > 1 + len(FILES) else None
             if entry is not None:
                 named = {file.path for file in entry.manifest.files.values()}

@@ -238,6 +238,19 @@ def test_retention_keeps_the_sync_points_asked_for(root: str) -> None:
         reader_of(root).load(as_of=3)
 
 
+def test_retention_lists_a_long_log_as_often_as_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, original = list[str](), LocalFiles.list
+    monkeypatch.setattr(LocalFiles, "list", lambda self, prefix: listed.append(prefix) or original(self, prefix))
+    times = set()
+    for deltas in (3, 9):
+        root = f"file://{tmp_path}/{deltas}"
+        small_log(root, deltas)
+        listed.clear()
+        assert retain(Storage(root), "ranker", 1, keep=0) == []
+        times.add(len(listed))
+    assert len(times) == 1
+
+
 def test_retention_deletes_nothing_when_the_new_snapshot_cannot_be_read(tmp_path: Path) -> None:
     root = f"file://{tmp_path}"
     small_log(root)
