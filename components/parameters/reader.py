@@ -10,6 +10,9 @@ from components.parameters.arrays import ParameterDelta, Parameters
 from components.parameters.log import Kind, LogManifest
 from components.storage import Storage
 
+Points = dict[Kind, list[int]]
+"""The numbers of the published entries of each kind, ascending."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -28,7 +31,7 @@ class LogReader:
 
     def head(self) -> int:
         """The newest committed sync point; -1 when nothing is published."""
-        return max((n for numbers in self.points().values() for n in numbers), default=-1)
+        return _head(self.points())
 
     def snapshots(self) -> list[int]:
         """The sync points that have a snapshot, ascending."""
@@ -55,16 +58,19 @@ class LogReader:
         with_state also reads the optimiser state, which only a trainer needs.
         BadInput when as_of does not exist or was given up by retention; CorruptLog when anything is damaged.
         """
+        points = self.points()  # one listing: a log gets long
         while True:
-            base = self._base(as_of)
+            target = self._target(as_of, points)
+            base = self._base(target, points)
             try:
-                return self._replay(base, self._target(as_of), with_state)
+                return self._replay(base, target, points, with_state)
             except CorruptLog:
-                if self._base(as_of) == base:
+                points = self.points()
+                if self._base(self._target(as_of, points), points) == base:
                     raise  # otherwise compaction moved the ground while we read: plan again
 
-    def _target(self, as_of: int | None) -> int:
-        head = self.head()
+    def _target(self, as_of: int | None, points: Points) -> int:
+        head = _head(points)
         if head < 0:
             raise BadInput(
                 f"{self.storage.url(self.folder)} holds no parameters; run python -m components.publish "
@@ -74,15 +80,14 @@ class LogReader:
             raise BadInput(f"{self.model} {self.version} has no sync point {as_of}; choose one from 0 to {head}")
         return head if as_of is None else as_of
 
-    def _base(self, as_of: int | None) -> int:
-        target = self._target(as_of)
-        usable = [n for n in self.snapshots() if n <= target]
+    def _base(self, target: int, points: Points) -> int:
+        usable = [n for n in points["snapshot"] if n <= target]
         if not usable:
             raise CorruptLog(f"{self._url('snapshot', 0)} is missing: nothing to replay deltas on; {log.RESYNC}")
         return usable[-1]
 
-    def _replay(self, base: int, target: int, with_state: bool) -> Parameters:
-        self._refuse_retired(base, target)
+    def _replay(self, base: int, target: int, points: Points, with_state: bool) -> Parameters:
+        self._refuse_retired(base, target, points["snapshot"])
         parts, checksum = [self._snapshot(base, with_state)], self._checksum(base)
         for n in range(base + 1, target + 1):
             entry = self.find("delta", n)
@@ -95,16 +100,16 @@ class LogReader:
                 raise CorruptLog(f"{self._url('delta', n)} does not fit snapshot {base}: {problem}; {log.RESYNC}")
         return arrays.fold(parts)
 
-    def _refuse_retired(self, base: int, target: int) -> None:
+    def _refuse_retired(self, base: int, target: int, snapshots: list[int]) -> None:
         """Deltas folded into a later snapshot may have lost their data files to retention, their manifests never."""
-        later = [n for n in self.snapshots() if n > target]
+        later = [n for n in snapshots if n > target]
         if base == target or not later:
             return
         entry = self.find("delta", base + 1)
         if entry is not None and not any(self.storage.exists(file.path) for file in entry.manifest.files.values()):
             raise BadInput(
                 f"sync point {target} of {self.model} {self.version} was given up by retention; "
-                f"restorable are {', '.join(map(str, self.snapshots()))} and everything after {later[0]}"
+                f"restorable are {', '.join(map(str, snapshots))} and everything after {later[0]}"
             )
 
     def _snapshot(self, n: int, with_state: bool) -> Parameters:
@@ -151,9 +156,9 @@ class LogReader:
                 f"one of the two was changed after it was published; {log.RESYNC}"
             )
 
-    def points(self) -> dict[Kind, list[int]]:
-        """The numbers of the published entries of each kind, ascending, from one listing."""
-        found: dict[Kind, list[int]] = {"snapshot": [], "delta": []}
+    def points(self) -> Points:
+        """What is published, from one listing."""
+        found: Points = {"snapshot": [], "delta": []}
         for path in self.storage.list(self.folder):
             folder, _, name = path[len(self.folder) + 1 :].partition("/")
             for kind, numbers in found.items():
@@ -164,3 +169,7 @@ class LogReader:
 
     def _url(self, kind: Kind, n: int) -> str:
         return self.storage.url(log.manifest_path(self.model, self.version, kind, n))
+
+
+def _head(points: Points) -> int:
+    return max((n for numbers in points.values() for n in numbers), default=-1)

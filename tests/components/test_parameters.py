@@ -27,6 +27,18 @@ def reader_of(root: str) -> LogReader:
     return LogReader(Storage(root), "ranker", 1)
 
 
+def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that are listed from now on."""
+    listed, original = list[str](), LocalFiles.list
+
+    def note(self: LocalFiles, prefix: str) -> list[str]:
+        listed.append(prefix)
+        return original(self, prefix)
+
+    monkeypatch.setattr(LocalFiles, "list", note)
+    return listed
+
+
 @settings(max_examples=40, deadline=None)
 @given(periods=st.lists(st.lists(CHANGE, max_size=12), min_size=1, max_size=5), compact_at=st.integers(0, 5))
 def test_replay_equals_the_trainers_tables_bit_for_bit(
@@ -238,9 +250,15 @@ def test_retention_keeps_the_sync_points_asked_for(root: str) -> None:
         reader_of(root).load(as_of=3)
 
 
+def test_a_load_lists_the_log_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_log(root)
+    listed = listings(monkeypatch)
+    assert reader_of(root).load(as_of=2).n == 2
+    assert listed == ["parameters/ranker/1"]
+
+
 def test_retention_lists_a_long_log_as_often_as_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, original = list[str](), LocalFiles.list
-    monkeypatch.setattr(LocalFiles, "list", lambda self, prefix: listed.append(prefix) or original(self, prefix))
+    listed = listings(monkeypatch)
     times = set()
     for deltas in (3, 9):
         root = f"file://{tmp_path}/{deltas}"
