@@ -88,7 +88,7 @@ class Recommender:
         with self._counted(track) as found:
             allowed = self.items.items.available(now, now)
             if body.exclude:
-                allowed = np.setdiff1d(allowed, np.array(body.exclude, np.int64), assume_unique=False)
+                allowed = allowed[~np.isin(allowed, np.array(body.exclude, np.int64))]
             ids = retrieve(track, events, now, body.page, max(self.config.candidates, body.k), allowed)
             slots, explored = explore(request_id, body.k, allowed, self.config.exploration)
             ids = np.concatenate([ids, np.setdiff1d(explored, ids)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from components.errors import BadInput
 from model.dataset import SequenceDataset
 from model.inputs import ACTION, AUX, IMPRESSION, REQUEST
-from model.retriever import Retriever, RetrieverConfig
+from model.retriever import Retriever, RetrieverConfig, first_k
 from model.table import Events
 from model.trainer import Trainer
 from tests.model.make import START, catalogue, table, user
@@ -38,6 +40,17 @@ def test_the_best_items_come_first_and_are_allowed_and_not_excluded(trained: Ret
     expected = [i for i in ids if 5 <= i < 30 and i not in exclude][:6]
     assert some.tolist() == expected and some.dtype == np.int64 and some_scores.dtype == np.float32
     assert set(np.round(some_scores, 5)) <= set(np.round(scores, 5))
+
+
+def test_an_item_that_is_allowed_twice_comes_once(trained: Retriever) -> None:
+    once, twice = (trained.retrieve(user(1, 5), NOW, allowed=np.array(ids)) for ids in ([3, 8, 9], [9, 3, 8, 3]))
+    assert [part.tolist() for part in once] == [part.tolist() for part in twice]
+
+
+@given(st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 2.0, np.nan])), st.integers(1, 9))
+def test_the_first_k_are_those_of_a_stable_sort(values: list[float], k: int) -> None:
+    array = np.array(values, np.float32)
+    assert first_k(array, k).tolist() == np.argsort(array, kind="stable")[:k].tolist()
 
 
 def test_nothing_allowed_gives_nothing(trained: Retriever) -> None:
