@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -141,10 +143,12 @@ class Retriever(SequenceModel):
         k: int = 100,
         allowed: Int64s | None = None,
         exclude: Int64s | None = None,
+        vectors: Callable[[Int64s], Tensor] | None = None,
     ) -> tuple[Int64s, NDArray[np.float32]]:
         """The k best items: ids [<= k] and cosines [<= k], best first, equal scores by ascending id.
 
         allowed: the items to choose from (None = `items`); exclude: ids never returned.
+        vectors: `item_vectors` from where they are kept (None: they are made).
         Raises BadInput for k < 1, and for ids that are no int64.
         """
         if k < 1:
@@ -155,7 +159,7 @@ class Retriever(SequenceModel):
         if not len(ids):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
         with self.inference():
-            scores = (self.item_vectors(ids) @ self.user_vector(history, request_time_us, page)).numpy()
+            scores = ((vectors or self.item_vectors)(ids) @ self.user_vector(history, request_time_us, page)).numpy()
         best = first_k(-scores, k)
         return ids[best], scores[best]
 

@@ -20,7 +20,7 @@ from components.parameters.reader import LogReader
 from components.serve.locks import ReadWriteLock
 from components.serve.metrics import Metrics
 from components.storage import Storage
-from model.catalogue import ItemCatalogue
+from model.catalogue import Int64s, ItemCatalogue
 from model.ranker import Ranker
 from model.retriever import Retriever
 from model.serving_table import ServingTable, serving_copy
@@ -46,10 +46,21 @@ class Served:
     n: int
     learned_until_us: int | None
     lock: ReadWriteLock = field(default_factory=ReadWriteLock)
+    vectors: tuple[Int64s, torch.Tensor] | None = None  # of items that requests chose from, since anything changed
 
     def rows(self) -> int:
         """Rows in all embedding tables."""
         return sum(len(table) for table in self.tables.values())
+
+    def item_vectors(self, ids: Int64s) -> torch.Tensor:
+        """`Retriever.item_vectors` of distinct ascending ids, kept for the requests that follow; while reading only."""
+        assert isinstance(self.model, Retriever)
+        known, vectors = self.vectors or (ids[:0], torch.empty(0))
+        if not np.array_equal(known, ids) and not np.isin(ids, known, assume_unique=True).all():
+            known = np.union1d(known, ids)  # of all, so that requests which exclude some need no others
+            vectors = self.model.item_vectors(known)
+            self.vectors = known, vectors
+        return vectors if len(known) == len(ids) else vectors[torch.from_numpy(np.searchsorted(known, ids))]
 
 
 class LoadedVersion:
@@ -112,6 +123,7 @@ class LoadedVersion:
         self._catalogue = catalogue
         with self._served.lock.write():
             self._served.model.catalogue = catalogue
+            self._served.vectors = None
 
     def sync(self) -> int:
         """Apply what was published since; returns how many sync points went live.
@@ -259,3 +271,4 @@ def _write(served: Served, parameters: Parameters) -> None:
     served.model.load_state_dict(dense, strict=True)
     for slot, rows in parameters.tables.items():
         served.tables[slot].update(rows.keys, rows.weights, rows.tombstones)
+    served.vectors = None

@@ -167,7 +167,7 @@ def retrieve(track: Track, events: UserEvents, now: int, page: int, k: int, allo
     """At most k of the allowed items, the retriever's best first."""
     with track.retriever.reading() as served:
         assert isinstance(served.model, Retriever)
-        ids, _ = served.model.retrieve(events, now, page, k, allowed=allowed)
+        ids, _ = served.model.retrieve(events, now, page, k, allowed=allowed, vectors=served.item_vectors)
     return np.asarray(ids, np.int64)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from components.parameters import bridge
 from components.parameters import log as parameter_log
@@ -22,6 +23,7 @@ from components.serve.eventfiles import EventFiles
 from components.serve.history import History
 from components.serve.server import Server
 from components.storage import Storage
+from model.retriever import Retriever
 from model.serving_table import PRECISIONS, served_weights
 from model.trainer import Trainer
 from tests.components.serving import (
@@ -76,6 +78,39 @@ def test_after_a_sync_the_parameters_are_the_trainers_in_the_declared_precision_
         assert live.status()["tracks"]["champion"]["ranker"]["served_event_age_s"] < min(age, 60)
         assert live.metric('freshet_delta_number{model="ranker",track="champion",version="1"}') == 2
         assert live.metric('freshet_apply_seconds_count{model="ranker"}') == 2
+
+
+def test_requests_share_the_vectors_of_items_until_parameters_or_catalogue_change(
+    toy_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, original = list[int](), Retriever.item_vectors
+
+    def note(self: Retriever, ids: np.ndarray, events: None = None) -> torch.Tensor:
+        made.append(len(ids))
+        return original(self, ids, events)
+
+    monkeypatch.setattr(Retriever, "item_vectors", note)
+    with Live(toy_root) as live:
+
+        def best() -> list[int]:
+            """Requests of several users, and what the parameters of now say beside it."""
+            made.clear()
+            for user in range(3):
+                live.recommend(user, exclude=ITEM_IDS[user : user + 2])
+            live.recommend(NEWCOMER, k=5)
+            requested = made[:]
+            with live.server.engine.assign(NEWCOMER).retriever.reading() as served:
+                assert isinstance(served.model, Retriever)
+                anew = served.model.item_vectors(np.array(ITEM_IDS))
+                assert torch.equal(served.item_vectors(np.array(ITEM_IDS)), anew)
+            return requested
+
+        assert max(best()) <= len(ITEM_IDS) and best() == []
+        train_delta(live.storage, "retriever")
+        live.wait_for_delta(1, "retriever")
+        assert best() != [] and best() == []
+        live.server.engine.set_catalogue()
+        assert best() != []
 
 
 def test_erased_rows_are_erased_in_the_server_too(toy_root: Path) -> None:
