@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from components.errors import FreshetError
-from model.experiments import bench_hstu_attention, bench_hstu_ranking
+from model.experiments import bench_hstu_attention, bench_hstu_ranking, command
 from model.experiments.bench_hstu_reference import our_loss, reference_loss
 from model.experiments.bench_hstu_timing import Figure, paired
 from model.experiments.ml1m_data import read_histories
@@ -196,4 +196,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

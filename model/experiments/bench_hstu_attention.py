@@ -30,6 +30,7 @@ from torch import Tensor
 
 from components.errors import FreshetError
 from model.attention import TIME_BUCKETS, Bias, attention, causal
+from model.experiments import command
 
 WIDTH = 50
 BATCH = {256: 64, 1024: 8, 4096: 2}
@@ -214,4 +215,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -21,6 +21,7 @@ from rich.progress import track
 
 from components.errors import BadInput
 from model.experiments import collisions_report as report
+from model.experiments import command
 from model.experiments.collisions_data import read_ratings
 from model.experiments.collisions_model import Settings
 from model.experiments.collisions_runs import Arm, Kept, admission, arms, expiry, table_1
@@ -64,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -22,6 +22,7 @@ from components.schemas import action_bit
 from model.baselines.item_user_rate import ItemUserRate
 from model.catalogue import ItemCatalogue
 from model.dataset import SequenceDataset
+from model.experiments import command
 from model.experiments.kuairand_data import HOUR_US, Log, day_us, read_catalogue, read_log, sequences
 from model.metrics import auc, calibration, normalised_entropy
 from model.ranker import Ranker, RankerConfig
@@ -123,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -25,6 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
+from model.experiments import command
 from model.experiments import ml1m_report as report
 from model.experiments.last_run import Benchmark
 from model.experiments.ml1m_data import Histories, read_histories
@@ -99,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from model.events import EVENT_DTYPES, UserEvents
+from model.experiments import command
 from model.experiments.last_run import Benchmark
 from model.experiments.ml1m_data import Histories, read_histories
 from model.experiments.ml1m_train import Metrics, RunConfig, evaluate, make_optimizer, train_epoch
@@ -168,4 +169,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from model.experiments import command
 from model.experiments.last_run import Benchmark
 from model.experiments.run_configs import ALL_CONFIGS, read_config
 from model.experiments.streaming_data import Int64s, Reading, StreamShape, best_hit_rates, make_stream
@@ -257,4 +258,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
