@@ -155,7 +155,7 @@ def _read_columns(path: Path) -> Int64:
     }
     try:
         table = pa.csv.read_csv(path, **options)
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid) as error:
         raise BadInput(f"cannot read ratings ({error}); give the folder of MovieLens-1M, with {path.name}") from error
     return np.stack([table[name].to_numpy() for name in names[::2]])
 

@@ -41,7 +41,10 @@ def read_log(folder: Path) -> Log:
     files = sorted(folder.glob("log_standard*.csv"))
     if not files:
         raise BadInput(f"no log_standard*.csv in {folder}; give the data folder of KuaiRand")
-    table = pa.concat_tables([pyarrow.csv.read_csv(file) for file in files])
+    try:
+        table = pa.concat_tables([pyarrow.csv.read_csv(file) for file in files])
+    except pa.ArrowInvalid as error:
+        raise BadInput(f"cannot read the logs in {folder} ({error}); give the data folder of KuaiRand") from error
     table = table.group_by(table.column_names, use_threads=False).aggregate([])
     get = {name: table[name].to_numpy().astype(np.int64) for name in table.column_names}
     order = np.lexsort([get["video_id"], get["time_ms"], get["user_id"]])

@@ -37,14 +37,14 @@ class Histories:
 def read_histories(folder: Path) -> Histories:
     """All ratings of ratings.dat (`user::movie::rating::seconds`), none left out for its value.
 
-    Raises BadInput if the file is absent or malformed, or no user has enough ratings to be split.
+    Raises BadInput if the file cannot be read or is malformed, or no user has enough ratings to be split.
     """
     path = folder / "ratings.dat"
     try:
         lines = path.read_text(encoding="latin-1").replace("::", " ")
         columns = np.array(lines.split(), dtype=np.int64).reshape(-1, 4)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is not there; give the folder of MovieLens-1M") from error
+    except OSError as error:
+        raise BadInput(f"cannot read {path} ({error.strerror}); give the folder of MovieLens-1M") from error
     except ValueError as error:
         raise BadInput(f"{path} is no list of user::movie::rating::seconds; give the folder of MovieLens-1M") from error
     return group_by_user(columns[:, 0], columns[:, 1], columns[:, 3])

@@ -61,10 +61,13 @@ def test_videos_have_author_first_tag_and_duration(folder: Path) -> None:
     assert read_catalogue(folder).features(np.array([10, 11])).tolist() == [[5, 40, 9], [6, 0, 0]]
 
 
-def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_the_files_or_with_an_empty_one_is_refused(tmp_path: Path) -> None:
     for read in (read_log, read_catalogue):
         with pytest.raises(BadInput, match="data folder of KuaiRand"):
             read(tmp_path)
+    (tmp_path / "log_standard_x.csv").touch()
+    with pytest.raises(BadInput, match="data folder of KuaiRand"):
+        read_log(tmp_path)
 
 
 @pytest.mark.integration

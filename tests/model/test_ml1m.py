@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from components.errors import BadInput
 from model.experiments import ml1m, ml1m_rectools, ml1m_report, stochastic_length_bench
+from model.experiments.collisions_data import read_ratings
 from model.experiments.ml1m_data import Histories, group_by_user, questions, read_histories, training_batches
 from model.experiments.ml1m_train import RunConfig, RunResult, evaluate, logged_run
 from model.experiments.run_configs import read_config
@@ -177,12 +178,19 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str | None, mess
         ml1m.read_entry(tmp_path / "x.toml")
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "is not there"), ("1::2::x::4", "no list"), ("1::2", "no list")])
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot read"), ("1::2::x::4", "no list"), ("1::2", "no list")])
 def test_ratings_that_cannot_be_read_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "ratings.dat").write_text(text)
     with pytest.raises(BadInput, match=message):
         read_histories(tmp_path)
+
+
+def test_the_file_in_place_of_its_folder_is_refused(tmp_path: Path) -> None:
+    file = write_log(tmp_path) / "ratings.dat"
+    for read in (read_histories, read_ratings):
+        with pytest.raises(BadInput, match="give the folder of MovieLens-1M"):
+            read(file)
 
 
 def test_the_other_library_gets_our_split_in_our_order(tmp_path: Path) -> None:
