@@ -7,11 +7,12 @@ Early stopping on validation NDCG@10; the best epoch's weights are tested once. 
 validation item, and the target's timestamp is known to HSTU. Candidates: the whole catalogue minus the user's training
 and validation items (in validation: minus the training items).
 
-Each file of configs/ml1m is one model. Runs leave a log each under --logs, and finished ones are read from there: an
-interrupted command goes on where it was. With --rectools the library RecTools is installed into an environment of its
-own there, and its models of the same sizes are trained, stopped and tested in the same way (one seed each; they go on
-after their last epoch where they were interrupted). Prints Markdown tables; the last line is `RESULT {json}`. A run of
-all models and seeds puts its tables into docs/experiments.md and validation NDCG@10 by epoch into docs/images.
+Each file of configs/ml1m is one model. Runs leave a log each under --logs, and finished ones of the same settings, data
+and threads are read from there: an interrupted command goes on where it was. With --rectools the library RecTools is
+installed into an environment of its own there, and its models of the same sizes are trained, stopped and tested in the
+same way (one seed each; they go on after their last epoch where they were interrupted). Prints Markdown tables; the
+last line is `RESULT {json}`. A run of all models and seeds puts its tables into docs/experiments.md and validation
+NDCG@10 by epoch into docs/images.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 
 from model.experiments.ml1m_data import Histories
 from model.experiments.ml1m_rectools_program import TEST, TRAINING, VALIDATION
-from model.experiments.ml1m_train import CUTS, Metrics, RunConfig, RunResult
+from model.experiments.ml1m_train import CUTS, Metrics, RunConfig, RunResult, conditions
 from model.metrics import hit_rate, ndcg
 
 REQUIREMENT = "rectools[torch]==0.19.*"
@@ -38,7 +38,7 @@ def measure(data: Histories, configs: Mapping[str, RunConfig], folder: Path, thr
 
 def _result(data: Histories, config: RunConfig, folder: Path, name: str, threads: int) -> RunResult:
     log, weights = folder / f"rectools-{name}.jsonl", folder / f"rectools-{name}.pt"
-    settings = their_settings(config)
+    settings = their_settings(config) | conditions(data, threads)
     if not resume(log, settings):
         weights.unlink(missing_ok=True)
     if not _finished(log):

@@ -122,9 +122,9 @@ def rounded(metrics: Metrics) -> Metrics:
 def logged_run(data: Histories, config: RunConfig, path: Path) -> RunResult:
     """`run` with a log of JSON lines: the settings, one line per epoch, the result.
 
-    A log of the same settings that has its result is read instead; one without a result is begun anew.
+    A log of the same settings, data and threads that has its result is read instead; any other is begun anew.
     """
-    settings = {"settings": config.model_dump(), "users": len(data), "items": len(data.catalogue)}
+    settings = {"settings": config.model_dump()} | conditions(data, torch.get_num_threads())
     if (known := _finished(path, settings)) is not None:
         return known
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +138,11 @@ def logged_run(data: Histories, config: RunConfig, path: Path) -> RunResult:
         result = run(data, config, write)
         write({"result": result.model_dump()})
     return result
+
+
+def conditions(data: Histories, threads: int) -> dict[str, int]:
+    """What a result depends on beside the settings: the data by their sizes; its seconds on the threads."""
+    return {"users": len(data), "items": len(data.catalogue), "threads": threads}
 
 
 def _finished(path: Path, settings: dict) -> RunResult | None:

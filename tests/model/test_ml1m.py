@@ -149,6 +149,23 @@ def test_a_log_of_other_settings_or_without_a_result_is_begun_anew(tmp_path: Pat
     assert json.loads(path.read_text().splitlines()[0])["settings"]["seed"] == 1
 
 
+@pytest.mark.usefixtures("threads")
+def test_a_log_of_other_data_or_of_other_threads_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seconds of an epoch on one thread are not those on two."""
+    trained: list[int] = []
+
+    def run(data: Histories, *_: object) -> RunResult:
+        trained.append(len(data))
+        return a_result(0.5, 1.0)
+
+    monkeypatch.setattr("model.experiments.ml1m_train.run", run)
+    some, more = (read_histories(write_log(tmp_path / str(users), users)) for users in (20, 30))
+    for data, threads in ((some, 1), (some, 1), (more, 1), (more, 1), (more, 2)):
+        torch.set_num_threads(threads)
+        logged_run(data, RunConfig(), tmp_path / "log.jsonl")
+    assert trained == [20, 30, 30]
+
+
 def test_training_learns_what_follows_what(tmp_path: Path) -> None:
     """Everybody walks the same ring of items: after a few passes the next one is at the top."""
     user = np.repeat(np.arange(30), 20)
@@ -264,6 +281,16 @@ def test_an_interrupted_run_of_the_other_library_goes_on(tmp_path: Path) -> None
     assert log.read_text().splitlines() == lines and weights.exists()
     other = ml1m_rectools.measure(data, {"hstu": RunConfig(epochs=1)}, tmp_path, 1)
     assert other["hstu"].epochs == 1 and not weights.exists()
+
+
+@pytest.mark.usefixtures("other_library")
+def test_the_other_library_runs_again_on_other_data_and_other_threads(tmp_path: Path) -> None:
+    some, more = (read_histories(write_log(tmp_path / str(users), users)) for users in (20, 30))
+    weights = tmp_path / "rectools-hstu.pt"
+    for data, threads, begun in ((some, 1, True), (some, 1, False), (more, 1, True), (more, 2, True)):
+        weights.touch()
+        ml1m_rectools.measure(data, {"hstu": RunConfig(epochs=1)}, tmp_path, threads)
+        assert weights.exists() != begun
 
 
 def a_result(ndcg: float, seconds: float) -> RunResult:
