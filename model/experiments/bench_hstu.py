@@ -32,7 +32,7 @@ from components.errors import FreshetError
 from model.experiments import bench_hstu_attention, bench_hstu_ranking, command
 from model.experiments.bench_hstu_reference import our_loss, reference_loss
 from model.experiments.bench_hstu_timing import Figure, paired
-from model.experiments.ml1m_data import read_histories
+from model.experiments.ml1m_data import Histories, read_histories
 from model.experiments.ml1m_train import RunConfig, evaluate, make_optimizer, train_epoch
 from model.sequential import ItemHistories, NextItem, SequentialConfig
 
@@ -131,10 +131,10 @@ def full_softmax(repetitions: int) -> Figure:
     return paired("full_vs_sampled", sampled, full, repetitions)
 
 
-def softmax_quality(folder: Path, epochs: int, ratio: float) -> dict[str, float]:
+def softmax_quality(data: Histories, epochs: int, ratio: float) -> dict[str, float]:
     """Validation NDCG@10 of HSTU base on MovieLens-1M, 32 users a step, one seed: with each softmax after `epochs`
     passes, and with the full one after `ratio` times as many, which take as long as the sampled ones."""
-    data, found = read_histories(folder), {}
+    found: dict[str, float] = {}
     for names, negatives in ((("full", "full_same_time"), 0), (("sampled",), NEGATIVES)):
         config = RunConfig(model={"negatives": negatives}, batch_users=32)
         torch.manual_seed(config.seed)
@@ -168,11 +168,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which parts to run")
     parser.add_argument("--repetitions", type=int, default=7, help="of each measurement")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ml-1m"), help="folder of MovieLens-1M")
-    parser.add_argument("--epochs", type=int, default=5, help="passes before the NDCG of both softmaxes, 0 = none")
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="passes before the NDCG of both softmaxes; 0 = none, needs no data"
+    )
     options = parser.parse_args(argv)
     wanted = options.sections.split(",")
     if unknown := sorted(set(wanted) - set(SECTIONS)):
         parser.error(f"unknown sections {', '.join(unknown)}; known are {', '.join(SECTIONS)}")
+    # Read before minutes of timing, which would be lost.
+    data = read_histories(options.data) if "softmax" in wanted and options.epochs else None
     torch.set_num_threads(options.threads)
     figures: list[Figure] = []
     others: dict[str, float] = {}
@@ -185,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quality: dict[str, float] = {}
     if "softmax" in wanted:
         figures.append(full_softmax(options.repetitions))
-        quality = softmax_quality(options.data, options.epochs, figures[-1].ratio) if options.epochs else {}
+        quality = softmax_quality(data, options.epochs, figures[-1].ratio) if data else {}
     ratios = {f.name: round(f.ratio, 2) for f in figures} | others
     medians = {f.name: [round(f.reference_ms, 1), round(f.ours_ms, 1)] for f in figures}
     console = Console(width=None if Console().is_terminal else 110)

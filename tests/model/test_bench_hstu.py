@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.errors import FreshetError
+from components.errors import BadInput, FreshetError
 from model.experiments import bench_hstu, bench_hstu_ranking, bench_hstu_timing
 from model.experiments.bench_hstu_reference import our_loss
+from model.experiments.ml1m_data import read_histories
 from tests.model.test_ml1m import write_log
 
 
@@ -65,7 +66,7 @@ def test_a_ratio_is_the_median_of_the_repetitions_ratios() -> None:
 
 
 def test_the_softmaxes_are_compared_on_a_log(tmp_path: Path) -> None:
-    found = bench_hstu.softmax_quality(write_log(tmp_path), 1, 2.0)
+    found = bench_hstu.softmax_quality(read_histories(write_log(tmp_path)), 1, 2.0)
     assert set(found) == {"ndcg_full", "ndcg_full_same_time", "ndcg_sampled"} and all(
         0 <= value <= 1 for value in found.values()
     )
@@ -82,3 +83,11 @@ def test_the_command_prints_the_result_last(
     assert {"step_base", "step_large", "step_base_sampled", "full_vs_sampled", "medians"} <= set(result)
     with pytest.raises(SystemExit):
         bench_hstu.main(["--sections=stepp"])
+
+
+def test_data_that_are_not_there_are_told_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_hstu, "paired", lambda *_: pytest.fail("timed"))
+    with pytest.raises(BadInput, match="MovieLens-1M"):
+        bench_hstu.main([f"--data={tmp_path}", "--sections=softmax"])
