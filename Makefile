@@ -61,16 +61,16 @@ down: ## stop what `make up` or `make demo` started
 	@if [ -x $(PY) ]; then $(PY) -m infra.local.down; fi
 
 bench-kuairand: setup ## HSTU ranker against the item-user rate baselines (DATA=path/to/KuaiRand-Pure)
-	@$(PY) -m model.experiments.kuairand --threads=1 --data "$(or $(DATA),../shared/data/KuaiRand-Pure)"
+	@$(PY) -m model.experiments.kuairand --threads=1 --data "$(or $(DATA),../shared/data/KuaiRand-Pure)" $(ARGS)
 
-bench-table: setup ## the embedding table beside its peers (installs libcuckoo-dev and libabsl-dev)
-	@$(PY) -m model.experiments.bench_table $(if $(QUICK),--quick)
+bench-table: setup ## the embedding table beside its peers (installs libcuckoo-dev and libabsl-dev; ARGS="--sections lookup")
+	@$(PY) -m model.experiments.bench_table $(if $(QUICK),--quick) $(ARGS)
 
 bench-collisions: setup ## what id collisions cost, and what admission and expiry save (DATA=path/to/ml-1m)
-	@$(PY) -m model.experiments.collisions --data "$(or $(DATA),../shared/data/ml-1m)"
+	@$(PY) -m model.experiments.collisions --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
 
-bench-hstu: setup ## training steps, attention and ranking beside faithful PyTorch references
-	@$(PY) -m model.experiments.bench_hstu
+bench-hstu: setup ## training steps, attention and ranking beside PyTorch (DATA=path/to/ml-1m, or ARGS="--epochs 0")
+	@$(PY) -m model.experiments.bench_hstu --data "$(or $(DATA),../shared/data/ml-1m)" $(ARGS)
 
 bench-attention-cuda: setup ## the Triton attention beside PyTorch, eager and compiled (needs a CUDA device)
 	@$(PY) -m model.experiments.bench_attention_cuda $(ARGS)
