@@ -254,6 +254,15 @@ def test_the_command_prints_tables_and_figures_and_draws_the_plot(
     assert rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
 
 
+def test_a_picture_is_drawn_only_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one in docs belongs to a table that is kept by hand."""
+    folder = write_log(tmp_path, synthetic_lines())
+    for name in ("MULTIPLES", "THRESHOLDS", "DAYS_TO_LIVE"):
+        monkeypatch.setattr(collisions_runs, name, getattr(collisions_runs, name)[:1])
+    monkeypatch.setattr(collisions_report, "plot", lambda *_: pytest.fail("drawn"))
+    collisions.main(["--data", str(folder), "--seeds", "2"])
+
+
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least 2"):
         collisions.main(["--data", str(tmp_path), "--seeds", "1"])
