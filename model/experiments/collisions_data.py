@@ -100,9 +100,12 @@ def modulus_for(ids: Int64, rate: float, salt: str = "") -> int:
     """The modulus for which `md5_modulo` of these distinct ids collides at the rate, as nearly as any near it.
 
     Looks at 41 moduli within 2 % of the one that gives the rate in expectation; of equally good ones the smallest.
+    BadInput for fewer than two ids.
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate must be above 0 and below 1, got {rate}")
+    if len(ids) < 2:
+        raise BadInput("one id collides with none; give a log of several users and movies")
     digests, centre = _digests(ids, salt), _expected_modulus(len(ids), rate)
     step = max(1, centre // 1000)
     moduli = [m for m in range(centre - 20 * step, centre + 20 * step + 1, step) if m > 0]

@@ -263,6 +263,12 @@ def test_a_picture_is_drawn_only_where_it_was_asked_for(tmp_path: Path, monkeypa
     collisions.main(["--data", str(folder), "--seeds", "2"])
 
 
+def test_one_user_collides_with_nobody(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, [f"1::{i % 30 + 1}::{i % 5 + 1}::{i}" for i in range(60)])
+    with pytest.raises(BadInput, match="several users"):
+        collisions.main(["--data", str(folder), "--seeds", "2"])
+
+
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least 2"):
         collisions.main(["--data", str(tmp_path), "--seeds", "1"])
