@@ -81,10 +81,9 @@ def _events(user: int, items: np.ndarray, times: np.ndarray) -> UserEvents:
     return UserEvents(user_id=user, new_from=0, **(arrays | none | {"item_id": items, "timestamp": times}))
 
 
-def measure(data: Histories, config: RunConfig, limit: int, alpha: float, selection: str) -> Outcome:
+def measure(data: Histories, config: RunConfig, rule: StochasticLength) -> Outcome:
     """Train `epochs` passes with one rule, then test."""
     torch.manual_seed(config.seed)
-    rule = StochasticLength(limit, alpha, selection, config.seed)
     model = NextItem(config.network(len(data.catalogue)))
     optimizer = make_optimizer(model, config)
     seconds, read = [], 0
@@ -94,11 +93,11 @@ def measure(data: Histories, config: RunConfig, limit: int, alpha: float, select
         train_epoch(model, optimizer, part, config, epoch)
         seconds.append(time.perf_counter() - start)
         read += sum(len(items) - 2 for items in part.items)
-    there = sum(min(len(items) - 2, limit) for items in data.items) * config.epochs
+    there = sum(min(len(items) - 2, rule.limit) for items in data.items) * config.epochs
     return Outcome(
-        alpha,
-        selection,
-        1 - read / (limit * len(data) * config.epochs),
+        rule.alpha,
+        rule.selection,
+        1 - read / (rule.limit * len(data) * config.epochs),
         1 - read / there,
         float(np.median(seconds)),
         evaluate(model, data, held_out=1),
@@ -106,15 +105,15 @@ def measure(data: Histories, config: RunConfig, limit: int, alpha: float, select
 
 
 def table(rows: Sequence[Outcome]) -> str:
-    """Markdown; the difference is against the last row of alpha 2 (nothing left out)."""
-    whole = next((row for row in reversed(rows) if row.alpha == 2), rows[-1])
+    """Markdown; the difference is against the row of alpha 2 (nothing left out), empty where there is none."""
+    whole = next((row.test["ndcg@10"] for row in rows if row.alpha == 2), None)
     lines = ["| alpha | selection | sparsity | not read of what is there | HR@10 | NDCG@10 | difference | s / pass |"]
     lines.append("|---" * 8 + "|")
     for row in rows:
-        change = row.test["ndcg@10"] / whole.test["ndcg@10"] - 1
+        change = "" if whole is None else f"{row.test['ndcg@10'] / whole - 1:+.1%}"
         lines.append(
             f"| {row.alpha} | {row.selection if row.alpha < 2 else ''} | {row.sparsity:.1%} | {row.unread:.1%} | "
-            f"{row.test['hr@10']:.4f} | {row.test['ndcg@10']:.4f} | {change:+.1%} | {row.seconds:.1f} |"
+            f"{row.test['hr@10']:.4f} | {row.test['ndcg@10']:.4f} | {change} | {row.seconds:.1f} |"
         )
     return "\n".join(lines)
 
@@ -145,16 +144,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     entry = read_config(parser.parse_args(argv).config, Entry)
     parser.set_defaults(epochs=entry.run.epochs)
     options = parser.parse_args(argv)
+    if options.epochs < 1:
+        parser.error("--epochs must be at least 1")
     record = BENCHMARK.record(parser, options, argv)
     torch.set_num_threads(options.threads)
     data = read_histories(options.data)
     config = entry.run.model_copy(update={"epochs": options.epochs})
     alphas = sorted(float(alpha) for alpha in options.alphas.split(","))
-    plan = [(alpha, "weighted") for alpha in alphas] + [(alphas[0], other) for other in SELECTIONS[1:]]
+    plan = [(alpha, SELECTIONS[0]) for alpha in alphas]
+    plan += [(alphas[0], other) for other in SELECTIONS[1:] if alphas[0] < 2]
+    rules = [StochasticLength(entry.limit, alpha, selection, config.seed) for alpha, selection in plan]
     console, rows = Console(stderr=True), []
-    for alpha, selection in plan:
-        rows.append(measure(data, config, entry.limit, alpha, selection))
-        console.print(f"alpha {alpha}, {selection}: NDCG@10 {rows[-1].test['ndcg@10']:.4f}")
+    for rule in rules:
+        rows.append(measure(data, config, rule))
+        console.print(f"alpha {rule.alpha}, {rule.selection}: NDCG@10 {rows[-1].test['ndcg@10']:.4f}")
     print(table(rows))
     if record.plot:
         plot(rows, record.plot)

@@ -13,13 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.errors import BadInput
-from model.experiments import ml1m, ml1m_rectools, ml1m_report, stochastic_length_bench
+from model.experiments import ml1m, ml1m_rectools, ml1m_report
 from model.experiments.collisions_data import read_ratings
 from model.experiments.ml1m_data import Histories, group_by_user, questions, read_histories, training_batches
 from model.experiments.ml1m_train import RunConfig, RunResult, evaluate, logged_run
-from model.experiments.run_configs import read_config
 from model.sequential import ItemHistories, NextItem
-from model.stochastic_length import StochasticLength
 
 CONFIG = """
 title = "small"
@@ -312,34 +310,3 @@ def test_the_other_library_stands_beside_ours_and_is_quoted_where_it_was_not_run
     assert figures["rectools-hstu/ndcg@10"] == 0.18 and figures["hstu/epoch_ratio"] == 20
     assert figures["best/ndcg@10_gain"] == 0.03 and figures["best/ndcg@10_ratio"] == 1.167
     assert "best/ndcg@10_gain" not in ml1m_report.figures(ours, {})
-
-
-def test_stochastic_length_leaves_the_held_out_items_and_the_order_alone(tmp_path: Path) -> None:
-    data = read_histories(write_log(tmp_path))
-    rule = StochasticLength(20, 1.6)
-    part = stochastic_length_bench.shortened(data, rule, 0)
-    whole = stochastic_length_bench.shortened(data, StochasticLength(200, 2.0), 0)
-    lengths = {len(items) - 2 for items in part.items}
-    assert max(lengths) <= 20 and rule.short in lengths
-    for short, full, untouched in zip(part.items, data.items, whole.items, strict=True):
-        assert short[-2:].tolist() == full[-2:].tolist() and untouched.tolist() == full.tolist()
-        places = [full.tolist().index(item) for item in short]
-        assert places == sorted(places)
-
-
-def test_the_stochastic_length_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_log(tmp_path)
-    plot = tmp_path / "plot.png"
-    stochastic_length_bench.main([f"--data={data}", "--epochs=1", "--alphas=1.6,2", "--threads=1", f"--plot={plot}"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
-    assert set(result) == {"1.6/weighted", "2.0/weighted", "1.6/greedy", "1.6/uniform", "epochs"}
-    assert result["2.0/weighted"]["unread"] == 0 and plot.stat().st_size > 1000
-
-
-def test_stochastic_length_trains_the_base_model_of_the_other_benchmark() -> None:
-    """With the passes that the documented figures had, unless the command says otherwise."""
-    entry = read_config(stochastic_length_bench.CONFIG, stochastic_length_bench.Entry)
-    base = ml1m.read_entry(ml1m.CONFIGS / "hstu.toml")
-    assert entry.run.network(100) == base.run.network(100)
-    assert (entry.run.batch_users, entry.run.lr) == (base.run.batch_users, base.run.lr)
-    assert (entry.limit, entry.run.epochs, entry.run.seed) == (200, 30, 0)
