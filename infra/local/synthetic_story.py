@@ -27,18 +27,20 @@ LEARNING: dict[str, Any] = {
 }
 
 ROLLOUT_RULES: dict[str, Any] = {
-    # Minutes instead of days: few samples suffice, and a laptop that trains beside the server may answer slowly.
+    # Minutes instead of days: few samples suffice. A laptop that trains beside the server may answer slowly and see a
+    # change of share late; a rollout that stays paused ends the demo with the reason.
     "shadow_samples": 20,
     "shares": "2000,5000",
     "min_samples": 300,
     "min_bake_s": 4,
     "max_bake_s": 600,
-    "settle_s": 2,
+    "settle_s": 10,
     "max_p99_ms": 5000,
     "max_quality_drop": 0.3,
     "gate_changes": "ranker.auc_click>=-0.05, ranker.ne_click<=0.1",
     "require_proof": False,
     "poll_s": 1,
+    "wait_s": 600,
 }
 
 
