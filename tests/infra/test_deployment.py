@@ -29,6 +29,12 @@ def test_published_ports_are_bound_to_the_machine_itself(compose: dict[str, Any]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
 
 
+def test_every_image_that_others_make_is_of_a_version(compose: dict[str, Any]) -> None:
+    """Without one, a pull changes what holds the data; Freshet itself is made or chosen by the operator."""
+    images = {service["image"] for service in compose["services"].values()} - {compose["x-freshet"]["image"]}
+    assert len(images) == 3 and all(re.search(r":\D*\d", image) for image in images)
+
+
 def test_every_secret_comes_from_the_environment_and_is_documented() -> None:
     text = (INFRA / "compose.yaml").read_text()
     required = set(re.findall(r"\$\{(\w+):\?", text))
