@@ -40,6 +40,7 @@ def test_every_secret_comes_from_the_environment_and_is_documented() -> None:
     required = set(re.findall(r"\$\{(\w+):\?", text))
     assert {"POSTGRES_PASSWORD", "REDIS_PASSWORD", "AIRFLOW_JWT_SECRET"} <= required
     assert all(name in (INFRA / "README.md").read_text() for name in required)
+    assert ".env" in (ROOT / ".gitignore").read_text().split(), "the file that may hold them"
 
 
 def test_a_schedule_given_to_compose_reaches_airflow(compose: dict[str, Any]) -> None:
