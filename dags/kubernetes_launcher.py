@@ -105,7 +105,8 @@ def pod_settings(gpu: bool) -> dict[str, Any]:
 
 
 def _resources(gpu: bool) -> k8s.V1ResourceRequirements:
-    prefix, cpu, memory = ("FRESHET_TRAINING", "4", "16Gi") if gpu else ("FRESHET", "1", "2Gi")
+    # Spark's heap alone is 2 GiB (FRESHET_SPARK_MEMORY of the step)
+    prefix, cpu, memory = ("FRESHET_TRAINING", "4", "16Gi") if gpu else ("FRESHET", "1", "4Gi")
     requests = {"cpu": os.environ.get(f"{prefix}_CPU", cpu), "memory": os.environ.get(f"{prefix}_MEMORY", memory)}
     limits = {"memory": requests["memory"]}
     device = os.environ.get("FRESHET_GPU_RESOURCE", "nvidia.com/gpu")

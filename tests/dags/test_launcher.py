@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from components.storage import Storage
+from spark_jobs.session import settings
 from tests.components.rollout_store import publish
 from tests.dags.airflow_process import ROOT, call, environment
 
@@ -232,6 +233,12 @@ def test_a_step_becomes_a_pod_with_image_resources_secrets_and_result(pods: dict
     light = pods["light"]["spec"]["containers"][0]
     assert "nvidia.com/gpu" not in light["resources"]["limits"]
     assert pods["kinds"] == ["PodStep"]
+
+
+def test_a_pod_has_room_for_sparks_heap_and_python_beside_it(pods: dict[str, Any]) -> None:
+    """The kernel kills a step above its limit, where the JVM would have collected garbage."""
+    heap, limit = settings("local[2]", "")["spark.driver.memory"], pods["light"]["spec"]["containers"][0]["resources"]
+    assert (heap, limit["limits"]["memory"]) == ("2g", "4Gi")
 
 
 def test_a_pod_is_not_started_before_its_time(pods: dict[str, Any]) -> None:
