@@ -43,6 +43,15 @@ def test_every_secret_comes_from_the_environment_and_is_documented() -> None:
     assert ".env" in (ROOT / ".gitignore").read_text().split(), "the file that may hold them"
 
 
+def test_no_service_has_a_secret_on_its_command_line(compose: dict[str, Any]) -> None:
+    """Every user of the machine can list these."""
+    for name, service in compose["services"].items():
+        hides = name == "redis"  # sets its own title
+        shown = [] if hides else service.get("command", [])
+        checked = service.get("healthcheck", {}).get("test", [])
+        assert not re.findall(r"[^$]\$\{?\w*(?:PASSWORD|KEY|SECRET)", " ".join(["", *shown, *checked])), name
+
+
 def test_a_schedule_given_to_compose_reaches_airflow(compose: dict[str, Any]) -> None:
     for name in ("FRESHET_CONTINUAL_CRON", "FRESHET_CONTINUAL_START"):
         assert name in (ROOT / "dags" / "windows.py").read_text() and name in (INFRA / "README.md").read_text()
