@@ -119,8 +119,16 @@ def test_what_a_container_expands_by_itself_is_in_its_environment(compose: dict[
 def test_the_image_has_the_folders_of_its_volumes_and_their_owner_is_its_user(compose: dict[str, Any]) -> None:
     """A new named volume takes content and owner from the image; where the image has no such folder, it is root's."""
     mounted = [v.split(":")[1] for s in compose["services"].values() for v in s.get("volumes", []) if "/freshet" in v]
-    made = re.findall(r"^RUN install -d -o freshet -g freshet (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
-    assert mounted and set(mounted) <= set(made)
+    (made,) = re.findall(r"^RUN install -d -o freshet -g freshet (.+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert mounted and set(mounted) <= set(made.split())
+    assert "/home/freshet/airflow" in made.split(), "else root's, as a folder that is made on the way"
+
+
+def test_the_logs_of_tasks_are_kept_where_airflow_shows_them_from(compose: dict[str, Any]) -> None:
+    """In a container they would go with it, at each new image; Airflow asks a worker of that name in vain."""
+    for name in ("airflow", "airflow-worker", "airflow-triggerer"):
+        (volume,) = compose["services"][name]["volumes"]
+        assert volume == "logs:/home/freshet/airflow/logs" and "logs" in compose["volumes"]
 
 
 def test_the_image_gets_sparks_s3_connector_because_both_deployments_keep_all_on_s3(compose: dict[str, Any]) -> None:
