@@ -98,6 +98,9 @@ def pod_settings(gpu: bool) -> dict[str, Any]:
         "labels": {"app.kubernetes.io/part-of": "freshet"},
         "do_xcom_push": True,
         "get_logs": True,
+        # A failed task says why, by the step's last lines, instead of showing the whole pod.
+        "termination_message_policy": "FallbackToLogsOnError",
+        "log_pod_spec_on_failure": False,
         "on_finish_action": "delete_succeeded_pod",
         "schedule_timeout_seconds": 3600,  # a GPU may be busy
         "startup_timeout_seconds": 600,  # pulling the image

@@ -90,7 +90,8 @@ training = pretrain.dag.get_task("pretrain_ranker")
 light = rollout.dag.get_task("gate")
 from kubernetes.client import models as k8s
 def finished(code):
-    ended = k8s.V1ContainerState(terminated=k8s.V1ContainerStateTerminated(exit_code=code))
+    last = k8s.V1ContainerStateTerminated(exit_code=code, message="error: no such window; join it first")
+    ended = k8s.V1ContainerState(terminated=last)
     status = k8s.V1ContainerStatus(
         name="base", image="i", image_id="i", ready=False, restart_count=0, state=ended)
     return k8s.V1Pod(metadata=k8s.V1ObjectMeta(name="p", namespace="freshet"),
@@ -108,7 +109,7 @@ for code in (1, 2):
     try:
         light.cleanup(finished(code), finished(code))
     except Exception as error:
-        kinds[code] = type(error).__name__
+        kinds[code] = [type(error).__name__, str(error)]
 answer({
     "training": pod_of(training, ["--model=ranker", "", "--epochs=4"]),
     "light": pod_of(light, ["--action=start"]),
@@ -251,4 +252,12 @@ def test_a_pod_is_not_started_for_a_run_with_unknown_settings(pods: dict[str, An
 
 
 def test_a_pod_that_refuses_its_input_is_not_retried(pods: dict[str, Any]) -> None:
-    assert pods["failures"] == {"1": "AirflowException", "2": "AirflowFailException"}
+    kinds = {code: kind for code, (kind, _) in pods["failures"].items()}
+    assert kinds == {"1": "AirflowException", "2": "AirflowFailException"}
+
+
+def test_a_failed_pod_says_what_the_step_said_and_not_how_the_pod_was_made(pods: dict[str, Any]) -> None:
+    base = pods["light"]["spec"]["containers"][0]
+    assert base["termination_message_policy"] == "FallbackToLogsOnError", "the step's last lines"
+    for _, message in pods["failures"].values():
+        assert message.endswith("returned a failure.\nerror: no such window; join it first")
