@@ -185,6 +185,15 @@ def test_the_kustomization_names_its_files() -> None:
     assert set(kustomization["resources"]) == files
 
 
+def test_a_server_that_ships_a_long_journal_is_not_killed_for_not_answering_yet() -> None:
+    """A million events take about half a minute, as long as the liveness probe waits."""
+    server, _ = yaml.safe_load_all((INFRA / "kubernetes" / "serve.yaml").read_text())
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    assert probe["httpGet"] == container["livenessProbe"]["httpGet"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 600
+
+
 def test_what_the_pod_launcher_reads_is_what_kubernetes_gets() -> None:
     names = {
         (m["kind"], m["metadata"]["name"])
