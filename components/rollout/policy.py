@@ -57,7 +57,7 @@ class Policy(BaseModel):
         86_400.0, gt=0, le=2_592_000, description="after so many seconds without a verdict the rollout pauses"
     )
     settle_s: float = Field(
-        5.0, ge=0, le=3600, description="seconds after a change of share that are not measured: servers follow it"
+        30.0, ge=0, le=3600, description="seconds after a change of share that are not measured: servers follow it"
     )
     max_error_rate: float = Field(0.01, ge=0, le=1, description="above this share of failed requests: rolled back")
     max_empty_rate: float = Field(0.01, ge=0, le=1, description="above this share of empty results: rolled back")
