@@ -202,13 +202,14 @@ def read_segment(path: Path) -> Iterator[Rows]:
 
 def _record(data: bytes, place: int) -> bytes | None:
     """The payload of the record at `place`, or None where there is no whole one."""
-    header = data[place : place + _HEADER.size]
-    if len(header) < _HEADER.size:
+    begin = place + _HEADER.size
+    if begin > len(data):
         return None
-    length, checksum = _HEADER.unpack(header)
-    payload = data[place + _HEADER.size : place + _HEADER.size + length]
-    whole = payload and len(payload) == length and zlib.crc32(payload) == checksum  # zeros would be an empty record
-    return payload if whole else None
+    length, checksum = _HEADER.unpack_from(data, place)
+    if not 0 < length <= len(data) - begin:  # zeros would be an empty record; damaged text, one of gigabytes
+        return None
+    payload = data[begin : begin + length]
+    return payload if zlib.crc32(payload) == checksum else None
 
 
 def _next_record(data: bytes, place: int) -> int:
