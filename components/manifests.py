@@ -45,13 +45,13 @@ def publish(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
         published = find(storage, folder)
         if published is None:
             raise
-        return published
+        manifest = published
     _sweep(storage, folder, manifest)
     return manifest
 
 
 def _sweep(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Delete the data of attempts that died; one that is still at work comes too late to publish anything."""
+    """Delete the data of attempts that died or came second; one still at work comes too late to publish anything."""
     named = {path for paths in manifest.files.values() for path in paths}
     for path in storage.list(folder):
         if path.startswith(f"{folder}/attempt-") and path not in named:

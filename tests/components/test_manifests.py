@@ -52,6 +52,12 @@ def test_the_first_of_two_attempts_stands(storage: Storage) -> None:
     assert manifests.read_part(storage, first, "data").column("value").to_pylist() == [1]
 
 
+def test_what_comes_second_leaves_nothing(storage: Storage) -> None:
+    first = manifests.publish(storage, "things/one", write(storage, 1))
+    manifests.publish(storage, "things/one", write(storage, 2))
+    assert storage.list("things") == sorted([*first.files["data"], "things/one/manifest.json"])
+
+
 def test_what_an_attempt_that_died_has_written_goes_with_the_commit_of_the_next(storage: Storage) -> None:
     write(storage, 1)
     storage.write_bytes("things/one/other.txt", b"not of an attempt")
