@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 Switch = Literal["variant", "off", "on"]
 """A part of the architecture: as the variant has it, or without it, or with it."""
+Selection = Literal["weighted", "greedy", "uniform"]
+"""Which interactions stochastic length keeps: by age, the newest, any."""
 
 
 class ModelConfig(BaseModel):
@@ -107,7 +109,7 @@ class ModelConfig(BaseModel):
     stochastic_alpha: float = Field(
         default=2.0, gt=1, le=2, description="Stochastic length: mostly max_interactions^(alpha/2) of them, 2 = all"
     )
-    stochastic_selection: Literal["weighted", "greedy", "uniform"] = Field(
+    stochastic_selection: Selection = Field(
         default="weighted", description="Which interactions stochastic length keeps: by age, the newest, any"
     )
     generative_sampling: bool = Field(

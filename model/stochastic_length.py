@@ -8,6 +8,7 @@ What is drawn is a function of (seed, epoch, user, n): the same in any batch, an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,9 @@ from components.errors import BadInput
 from model.catalogue import Int64s
 from model.events import UserEvents
 from model.hashing import uniform
-from model.settings import ModelConfig
+from model.settings import ModelConfig, Selection
 
-SELECTIONS = ("weighted", "greedy", "uniform")
+SELECTIONS: tuple[str, ...] = get_args(Selection)
 _LENGTH, _SELECTION = 1, 2  # different draws for whether and for what
 
 

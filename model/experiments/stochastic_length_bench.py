@@ -32,10 +32,9 @@ from model.experiments.ml1m_data import Histories, read_histories
 from model.experiments.ml1m_train import Metrics, RunConfig, evaluate, make_optimizer, train_epoch
 from model.experiments.run_configs import ALL_CONFIGS, read_config
 from model.sequential import NextItem
-from model.stochastic_length import StochasticLength
+from model.stochastic_length import SELECTIONS, StochasticLength
 
 CONFIG = ALL_CONFIGS / "stochastic-length" / "hstu.toml"
-SELECTIONS = ("weighted", "greedy", "uniform")
 BENCHMARK = Benchmark(
     "bench-stochastic-length",
     "model.experiments.stochastic_length_bench",
