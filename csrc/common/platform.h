@@ -14,6 +14,8 @@
 
 // Compiles the function for AVX-512, AVX2 and the base architecture; the loader picks by CPU. All results are equal to
 // the bit: nothing is built with floating-point contraction. Sanitizers run before the loader's pick, so not there.
+// noexcept, all of them: GCC 12 takes calls of such functions for calls that never throw, and what they throw past a
+// `try` or a destructor ends the process.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define FRESHET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -43,6 +43,10 @@ struct EmbeddingTable::Group {
   std::vector<std::uint32_t> items_of_shard;
   std::vector<Newcomer> newcomers;    // found while the rows of the others were written
 
+  // find_or_insert takes ids as they come, some of them twice; then items are those that get a row.
+  std::vector<std::uint32_t> positions;  // of the ids, in the batch
+
+  void clear_positions(std::size_t ids, std::size_t shards);
   void clear(std::size_t ids, std::size_t shards);
   Item& item_of(std::int64_t id, std::uint64_t hash);  // added, nowhere yet, if it is new
 

@@ -1,9 +1,14 @@
 // One cache line of the index: five keys, what each stands for, and the sequence lock that guards them.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../common/parallel.h"
 #include "../common/platform.h"
@@ -22,6 +27,26 @@ struct KeyHandle {
   std::int64_t key;
   Handle handle;
 };
+
+// Bit i says that lane i of a comparison is true.
+typedef std::int32_t Lanes4 __attribute__((vector_size(16)));
+typedef std::int64_t Lanes2 __attribute__((vector_size(16)));
+FRESHET_INLINE unsigned lanes_of(Lanes4 equal) noexcept {
+#if defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_ps(reinterpret_cast<__m128>(equal)));
+#else
+  equal &= Lanes4{1, 2, 4, 8};
+  return static_cast<unsigned>(equal[0] | equal[1] | equal[2] | equal[3]);
+#endif
+}
+FRESHET_INLINE unsigned lanes_of(Lanes2 equal) noexcept {
+#if defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_pd(reinterpret_cast<__m128d>(equal)));
+#else
+  equal &= Lanes2{1, 2};
+  return static_cast<unsigned>(equal[0] | equal[1]);
+#endif
+}
 
 // Invariants:
 //  * a slot is empty exactly when its handle is kAbsent; the key of an empty slot means nothing;
@@ -42,10 +67,10 @@ struct alignas(kCacheLine) Bucket {
   std::atomic<Handle> handle[kSlots];
   std::atomic<std::int64_t> key[kSlots];
 
+  // Before anyone else sees it.
   void clear() noexcept {
+    std::memset(static_cast<void*>(this), 0xff, sizeof(Bucket));  // all handles kAbsent
     control.store(0, std::memory_order_relaxed);
-    for (std::atomic<Handle>& h : handle) h.store(kAbsent, std::memory_order_relaxed);
-    for (std::atomic<std::int64_t>& k : key) k.store(0, std::memory_order_relaxed);
   }
 
   // What the key stands for here. An empty slot may still have the key; it says kAbsent, as if it had not.
@@ -96,7 +121,7 @@ struct alignas(kCacheLine) Bucket {
   }
   void retire() noexcept { control.store(control.load(std::memory_order_relaxed) | kRetired, std::memory_order_release); }
 
-  // Bit i says that slot i has this key. All keys but the first are one vector.
+  // Bit i says that slot i has this key. All keys but the first are two vectors.
   FRESHET_INLINE unsigned slots_with(std::int64_t wanted) const noexcept {
 #if FRESHET_TSAN
     unsigned equal = 0;
@@ -105,13 +130,13 @@ struct alignas(kCacheLine) Bucket {
     }
     return equal;
 #else
-    typedef std::int64_t Keys __attribute__((vector_size(32), may_alias));
-    const Keys equal = (*reinterpret_cast<const Keys*>(&key[1]) == wanted) & Keys{2, 4, 8, 16};
-    const auto others = static_cast<unsigned>(equal[0] | equal[1] | equal[2] | equal[3]);
-    return others | unsigned{key[0].load(std::memory_order_relaxed) == wanted};
+    typedef std::int64_t Keys __attribute__((vector_size(16), may_alias));
+    const auto* const keys = reinterpret_cast<const Keys*>(&key[1]);
+    return unsigned{key[0].load(std::memory_order_relaxed) == wanted} | lanes_of(keys[0] == wanted) << 1 |
+           lanes_of(keys[1] == wanted) << 3;
 #endif
   }
-  // Bit i says that slot i has this handle. The first half of the bucket is one vector, of which five words count.
+  // Bit i says that slot i has this handle. The first half of the bucket is two vectors, of which five words count.
   FRESHET_INLINE unsigned slots_of(Handle wanted) const noexcept {
 #if FRESHET_TSAN
     unsigned equal = 0;
@@ -122,9 +147,7 @@ struct alignas(kCacheLine) Bucket {
 #else
     typedef Handle Words __attribute__((vector_size(16), may_alias));
     const auto* const words = reinterpret_cast<const Words*>(this);
-    const Words found = (reinterpret_cast<Words>(words[0] == wanted) & Words{0, 1, 2, 4}) |
-                        (reinterpret_cast<Words>(words[1] == wanted) & Words{8, 16, 0, 0});
-    return found[0] | found[1] | found[2] | found[3];
+    return (lanes_of(words[0] == wanted) >> 1 | lanes_of(words[1] == wanted) << 3) & ((1U << kSlots) - 1);
 #endif
   }
   // False when it has just lost count.

@@ -207,7 +207,7 @@ class EmbeddingTable {
   std::size_t read(const std::int64_t* ids, std::size_t n, float* out, Missing missing, std::size_t threads,
                    std::uint8_t* is_absent) const;
   std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
-                        std::uint8_t* is_absent) const;
+                        std::uint8_t* is_absent) const noexcept;
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
 
   // A writing batch: collect, write the rows that are there, judge the newcomers, carry the verdicts out.
@@ -217,19 +217,23 @@ class EmbeddingTable {
   void check_sums() const;  // of the gradients of repeated ids
   static void add_events(Item& item, const Gradients& gradients, std::size_t i, Seconds now) noexcept;
   static void add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim);
+  static void add_to_sum(const Gradients& gradients, std::size_t i, std::size_t dim, float* sum) noexcept;
   template <typename Write>
   std::size_t write_rows(Group& group, const Write& write) noexcept;
   std::size_t update_rows(Group& group, const Gradients& gradients, float lr) noexcept;
   void update_fresh(const Group& group, const Item& item, const Gradients& gradients, float lr,
                     float* floats) const noexcept;
-  void list_newcomers(Group& group);
+  void set_groups(std::size_t n, std::size_t threads);
+  void deal(const std::int64_t* ids, std::size_t n, std::size_t threads);
+  void read_or_insert(Group& group, const std::int64_t* ids, float* out);
+  const char* row_of(Group& group, Shard& shard, const Index::Span& at, std::int64_t id, std::uint64_t hash);
   Verdict admit(const Item& item, const Newcomer& newcomer) const noexcept;
   std::size_t judge();
   void send_for_places(const Group& group, std::size_t i) const noexcept;
   template <typename Write>
   std::size_t carry_out(std::size_t threads, const Write& write);
   template <typename Fill>
-  void insert_row(const Item& item, Newcomer& newcomer, const Fill& fill);
+  void insert_row(Shard& shard, const Index::Span& at, std::int64_t id, std::uint64_t hash, Newcomer& newcomer, const Fill& fill);
   void init_floats(std::int64_t id, float* floats) const noexcept;
   void put_row(const Rows& rows, std::size_t i, RowMeta& meta, float* floats) const noexcept;
   void count_candidate(const Item& item, Newcomer& newcomer);

@@ -26,6 +26,14 @@ void EmbeddingTable::Group::clear(std::size_t ids, std::size_t shards) {
   items_of_shard.assign(shards, 0);
 }
 
+void EmbeddingTable::Group::clear_positions(std::size_t ids, std::size_t shards) {
+  positions.clear();
+  positions.reserve(ids);
+  items.clear();
+  newcomers.clear();
+  items_of_shard.assign(shards, 0);
+}
+
 FRESHET_INLINE EmbeddingTable::Item& EmbeddingTable::Group::item_of(std::int64_t id, std::uint64_t hash) {
   if (items.size() * 4 >= places.size() * 3) grow();
   const std::size_t mask = places.size() - 1;
@@ -50,11 +58,16 @@ void EmbeddingTable::Group::grow() {
   }
 }
 
+// How many groups a batch of n ids has.
+void EmbeddingTable::set_groups(std::size_t n, std::size_t threads) {
+  if (n > kNoSum / 2) throw std::invalid_argument("a batch may have at most 2^31 ids; split it");
+  active_groups_ = n < kWorthThreads ? 1 : std::max<std::size_t>(1, std::min<std::size_t>(threads, config_.shards));
+}
+
 // Fills the groups with the distinct ids and the sums of their gradients, and makes room in the logs. No row is touched.
 void EmbeddingTable::collect(const std::int64_t* ids, std::size_t n, const Gradients* gradients, Seconds now,
                              std::size_t threads) {
-  if (n > kNoSum / 2) throw std::invalid_argument("a batch may have at most 2^31 ids; split it");
-  active_groups_ = n < kWorthThreads ? 1 : std::max<std::size_t>(1, std::min<std::size_t>(threads, config_.shards));
+  set_groups(n, threads);
   parallel_for(active_groups_, threads, [&](std::size_t g) {
     Group& group = *groups_[g];
     group.clear(n / active_groups_ + 1, config_.shards);
@@ -97,26 +110,20 @@ void EmbeddingTable::add_events(Item& item, const Gradients& gradients, std::siz
 }
 
 // Adds the gradient of position i to the item's sum, which begins with that of the first occurrence.
-FRESHET_CLONES void EmbeddingTable::add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i,
-                                                 std::size_t dim) {
-  const auto source = [&](std::size_t position) {
-    return gradients.grads + (gradients.row != nullptr ? gradients.row[position] : position) * dim;
-  };
-  const auto scale = [&](std::size_t position) { return gradients.scale != nullptr ? gradients.scale[position] : 1.0F; };
-  const bool begins = item.sum == kNoSum;
-  if (begins) {
+void EmbeddingTable::add_gradient(Group& group, Item& item, const Gradients& gradients, std::size_t i, std::size_t dim) {
+  if (item.sum == kNoSum) {
     item.sum = static_cast<std::uint32_t>(group.sums.size() / dim);
-    group.sums.resize(group.sums.size() + dim);
-  }
-  float* __restrict const sum = group.sums.data() + item.sum * dim;
-  if (begins) {
-    const float* const gradient = source(item.position);
-    const float by = scale(item.position);
-    for (std::size_t j = 0; j < dim; ++j) sum[j] = by * gradient[j];
+    group.sums.resize(group.sums.size() + dim, -0.0F);  // which added to leaves every number as it is, -0 too
+    add_to_sum(gradients, item.position, dim, group.sums.data() + item.sum * dim);
     if (item.position == i) return;
   }
-  const float* const gradient = source(i);
-  const float by = scale(i);
+  add_to_sum(gradients, i, dim, group.sums.data() + item.sum * dim);
+}
+
+FRESHET_CLONES void EmbeddingTable::add_to_sum(const Gradients& gradients, std::size_t i, std::size_t dim,
+                                               float* __restrict sum) noexcept {
+  const float* const gradient = gradients.grads + (gradients.row != nullptr ? gradients.row[i] : i) * dim;
+  const float by = gradients.scale != nullptr ? gradients.scale[i] : 1.0F;
   for (std::size_t j = 0; j < dim; ++j) sum[j] += by * gradient[j];
 }
 

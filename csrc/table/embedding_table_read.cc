@@ -37,7 +37,7 @@ bool EmbeddingTable::read_row(std::int64_t id, std::uint64_t hash, float* out) c
 
 // Each copy is proven by the version of the row's bucket; where a writer was at work meanwhile, the id is searched anew.
 FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
-                                                     std::uint8_t* is_absent) const {
+                                                     std::uint8_t* is_absent) const noexcept {
   std::size_t absent = 0;
   const std::size_t dim = config_.dim, bytes = weight_bytes();
   const std::unique_ptr<Shard>* const shards = shards_.data();

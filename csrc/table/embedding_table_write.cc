@@ -7,7 +7,7 @@
 #include "../common/parallel.h"
 #include "batch.h"
 #include "flight.h"
-#include "initializer.h"
+#include "insertion.h"
 
 namespace freshet {
 
@@ -51,11 +51,13 @@ FRESHET_INLINE void EmbeddingTable::send_for_places(const Group& group, std::siz
   const auto hash_of = [&](std::size_t newcomer) { return hash_id(group.items[group.newcomers[newcomer].item].id); };
   if (i + kChoices < group.newcomers.size()) {
     const std::uint64_t hash = hash_of(i + kChoices);
-    shard_of(hash).index().prefetch_for_insert(hash);
+    const Index::Span at = shard_of(hash).index().span(hash);
+    prefetch<Intent::kWrite>(&at.bucket());
+    Index::prefetch_for_insert(at);
   }
   if (i + kRoom < group.newcomers.size()) {
     const std::uint64_t hash = hash_of(i + kRoom);
-    shard_of(hash).index().prefetch_room(hash);
+    Index::prefetch_room(shard_of(hash).index().span(hash));
   }
 }
 
@@ -73,7 +75,9 @@ std::size_t EmbeddingTable::carry_out(std::size_t threads, const Write& write) {
         Newcomer& newcomer = group.newcomers[i];
         const Item& item = group.items[newcomer.item];
         if (newcomer.verdict == Verdict::kInsert) {
-          insert_row(item, newcomer, [&](Shard& shard, RowMeta& meta, float* floats) { write(group, shard, item, meta, floats); });
+          const std::uint64_t hash = hash_id(item.id);
+          insert_row(shard_of(hash), shard_of(hash).index().span(hash), item.id, hash, newcomer,
+                     [&](Shard& shard, RowMeta& meta, float* floats) { write(group, shard, item, meta, floats); });
           ++rows;
         } else if (newcomer.verdict == Verdict::kCandidate) {
           count_candidate(item, newcomer);
@@ -87,71 +91,6 @@ std::size_t EmbeddingTable::carry_out(std::size_t threads, const Write& write) {
   }
   counters_.inserted.fetch_add(inserted.load(), std::memory_order_relaxed);
   return inserted.load();
-}
-
-template <typename Fill>
-void EmbeddingTable::insert_row(const Item& item, Newcomer& newcomer, const Fill& fill) {
-  const std::uint64_t hash = hash_id(item.id);
-  Shard& shard = shard_of(hash);
-  keep_candidate(item.id, newcomer);
-  const Handle handle = shard.take_row();
-  RowMeta& meta = shard.meta(handle);
-  meta.dirty_epoch.store(0, std::memory_order_relaxed);
-  meta.last_seen.store(0, std::memory_order_relaxed);
-  const std::uint32_t count = newcomer.was_candidate ? Candidate::from(newcomer.word).count : 0;
-  meta.count.store(static_cast<std::uint16_t>(count), std::memory_order_relaxed);
-  meta.saved.store(snapshots_, std::memory_order_relaxed);  // a running snapshot is older than this row
-  fill(shard, meta, shard.floats(handle));
-  try {
-    const Index::Place place = newcomer.was_candidate ? shard.index().locate(item.id, hash) : Index::Place{nullptr, 0};
-    shard.publish_row(place, item.id, hash, handle);
-  } catch (...) {
-    shard.untake_row(handle);
-    throw;
-  }
-  newcomer.done = true;
-}
-
-FRESHET_CLONES void EmbeddingTable::init_floats(std::int64_t id, float* floats) const noexcept {
-  change_racy(floats, float_bytes(), [&](void* to) __attribute__((always_inline)) {
-    auto* const weights = static_cast<float*>(to);
-    init_weights(init_key_, id, config_.init_scale, config_.dim, weights);
-    init_state(config_.optimizer, config_.dim, weights + config_.dim);
-  });
-}
-
-// What is read of an absent id is what its fresh row starts with: rows are read first, and the new ones copied from there.
-std::size_t EmbeddingTable::find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads) {
-  const std::lock_guard<std::mutex> writing(write_mutex_);
-  std::vector<std::uint8_t> is_absent(n, 0);
-  if (read(ids, n, out, Missing::kInitial, threads, is_absent.data()) == 0) return 0;
-  std::vector<std::int64_t> absent;
-  std::vector<const float*> weights;  // of each, in out
-  for (std::size_t i = 0; i < n; ++i) {
-    if (is_absent[i] == 0) continue;
-    absent.push_back(ids[i]);
-    weights.push_back(out + i * config_.dim);
-  }
-  collect(absent.data(), absent.size(), nullptr, 0, threads);
-  parallel_for(active_groups_, threads, [&](std::size_t g) { list_newcomers(*groups_[g]); });
-  return carry_out(threads, [&](const Group&, Shard& shard, const Item& item, RowMeta& meta, float* floats) {
-    change_racy(floats, float_bytes(), [&](void* to) {
-      copy_words(weights[item.position], weight_bytes(), to);
-      init_state(config_.optimizer, config_.dim, static_cast<float*>(to) + config_.dim);
-    });
-    shard.mark_dirty(item.id, meta, epoch());
-  });
-}
-
-// For a group whose items have no row.
-void EmbeddingTable::list_newcomers(Group& group) {
-  if (config_.admission == Admission::kThreshold) {  // some may be candidates
-    write_rows(group, [](Shard&, const Item&, RowMeta&, float*) {});
-    return;
-  }
-  for (std::uint32_t i = 0; i < group.items.size(); ++i) {
-    group.newcomers.emplace_back(i);
-  }
 }
 
 namespace {

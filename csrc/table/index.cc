@@ -7,7 +7,7 @@ namespace freshet {
 
 Index::Index(Reclaimer* reclaimer, unsigned bits) : reclaimer_(reclaimer), directory_(make_directory(bits, 0)) {
   try {
-    directory_.load()->entries()[0].store(entry_of(make_segment(0, 0)));
+    directory_.load()->entries()[0].store(entry_of(make_segment(0, 0, 0)));
   } catch (...) {
     release(directory_.load(), directory_bytes(0));
     throw;
@@ -24,11 +24,12 @@ Index::~Index() {
   release(directory, directory_bytes(directory->depth));
 }
 
-Index::Segment* Index::make_segment(std::uint32_t size_class, unsigned depth) {
+Index::Segment* Index::make_segment(std::uint32_t size_class, unsigned depth, std::size_t used) {
   auto* const segment = new (reclaimer_->arena().allocate(bytes(size_class))) Segment;
   segment->size_class = size_class;
   segment->depth = depth;
-  segment->used = 0;
+  segment->used = static_cast<std::uint32_t>(used);
+  segment->limit = static_cast<std::uint32_t>(limit(size_class));
   for (std::uint32_t b = 0; b < kBuckets[size_class]; ++b) (new (segment->buckets() + b) Bucket)->clear();
   return segment;
 }
@@ -90,13 +91,6 @@ std::uint64_t Index::list_segment(std::uint64_t at, std::vector<KeyHandle>* entr
   }
 }
 
-Index::Place Index::put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept {
-  Bucket& bucket = segment->buckets()[b];
-  const BucketLock lock(bucket);
-  bucket.set(slot, entry.key, entry.handle);
-  return {&bucket, slot};
-}
-
 void Index::pass(Segment* segment, std::uint32_t b) noexcept {
   const BucketLock lock(segment->buckets()[b]);
   if (!segment->buckets()[b].count_overflow()) segment->worn = true;
@@ -132,12 +126,11 @@ bool Index::make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexc
   return false;
 }
 
-Index::Place Index::place_in(Segment* segment, std::uint64_t hash, KeyHandle entry) noexcept {
-  const Span at = span_in(segment, kBuckets[segment->size_class], hash);
+// For a key whose home is full.
+Index::Place Index::place_guest(const Span& at, KeyHandle entry) noexcept {
+  Segment* const segment = segment_of(at);
   Place place{nullptr, 0};
   const auto put_in = [&](std::uint32_t b) { return [&, b](std::size_t slot) { place = put(segment, b, slot, entry); }; };
-  const std::size_t at_home = segment->buckets()[at.index].slot_of(kAbsent);
-  if (at_home != Bucket::kSlots) return put(segment, at.index, at_home, entry);
   const bool second_is_full = segment->buckets()[at.second].slot_of(kAbsent) == Bucket::kSlots;
   if (second_is_full && make_room(segment, at.index, put_in(at.index))) return place;
   pass(segment, at.index);
@@ -146,16 +139,16 @@ Index::Place Index::place_in(Segment* segment, std::uint64_t hash, KeyHandle ent
 }
 
 Index::Place Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
-  Segment* segment = segment_of(entry_at(hash));
-  // More than once only if all keys of a split fall on one side.
-  while (segment->used >= limit(segment->size_class) || segment->worn) {
+  return insert_at(span(hash), key, hash, handle);
+}
+
+// Replaces the segment of a hash, which is full or worn, by one with room. std::bad_alloc: nothing has changed.
+void Index::make_room_for(std::uint64_t hash) {
+  for (;;) {  // more than once only if all keys of a split fall on one side
+    Segment* const segment = segment_of(entry_at(hash));
+    if (!segment->needs_room()) return;
     grow(segment, hash);
-    segment = segment_of(entry_at(hash));
   }
-  const Place place = place_in(segment, hash, {key, handle});
-  ++segment->used;
-  set_size(size() + 1);
-  return place;
 }
 
 void Index::erase(Place place, std::uint64_t hash) noexcept {
@@ -185,52 +178,76 @@ void Index::grow(Segment* old, std::uint64_t hash) {
   const std::uint32_t size_class = old->size_class + (has_room(old->size_class, old->used) ? 0 : 1);
   const bool split = size_class > kLastClass;
   if (split && old->depth == directory_.load(std::memory_order_relaxed)->depth) deepen();
-  moving_.clear();
-  list_segment(hash, &moving_);
-  hashes_.resize(moving_.size());
+  moving_.reserve(kBuckets[old->size_class] * Bucket::kSlots);
+  list_moving(old);
   const unsigned shard_bits = directory_.load(std::memory_order_relaxed)->shard_bits;
   const std::uint64_t side = std::uint64_t{1} << (63 - shard_bits - old->depth);  // the bit that tells the halves apart
-  std::size_t upper = 0;
-  for (std::size_t i = 0; i < moving_.size(); ++i) {
-    hashes_[i] = hash_id(moving_[i].key);
-    upper += (hashes_[i] & side) != 0 ? 1 : 0;
-  }
   if (!split) {
-    replace(old, make_segment(size_class, old->depth), nullptr, hash, side);
+    replace(old, make_segment(size_class, old->depth, moving_.n), nullptr, hash, side);
     return;
   }
-  const std::uint32_t low_class = class_for(moving_.size() - upper);
-  Segment* const low = make_segment(low_class, old->depth + 1);
+  std::size_t upper = 0;
+  for (std::size_t i = 0; i < moving_.n; ++i) upper += (moving_.hashes[i] & side) != 0 ? 1 : 0;
+  const std::uint32_t low_class = class_for(moving_.n - upper);
+  Segment* const low = make_segment(low_class, old->depth + 1, moving_.n - upper);
   try {
-    replace(old, low, make_segment(class_for(upper), old->depth + 1), hash, side);
+    replace(old, low, make_segment(class_for(upper), old->depth + 1, upper), hash, side);
   } catch (...) {
     release(low, bytes(low_class));
     throw;
   }
 }
 
-void Index::replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept {
-  // First those that find room at home, slot by slot: nobody sees these buckets yet.
-  std::uint8_t taken[2][kBuckets[kLastClass]] = {};
-  std::size_t rest = 0;
-  for (std::size_t i = 0; i < moving_.size(); ++i) {
-    const bool upper = high != nullptr && (hashes_[i] & side) != 0;
-    Segment* const to = upper ? high : low;
-    const std::uint32_t b = bucket_index(hashes_[i], kBuckets[to->size_class]);
-    const std::size_t slot = taken[upper][b];
-    if (slot < Bucket::kSlots) {
-      taken[upper][b] = static_cast<std::uint8_t>(slot + 1);
-      to->buckets()[b].set(slot, moving_[i].key, moving_[i].handle);
-      ++to->used;
-    } else {
-      hashes_[rest] = hashes_[i];
-      moving_[rest++] = moving_[i];
+// The keys of a segment, their handles and hashes. Only the writer changes slots, so it needs no lock to read them.
+FRESHET_CLONES void Index::list_moving(const Segment* segment) noexcept {
+  std::int64_t* const keys = moving_.keys.data();
+  Handle* const handles = moving_.handles.data();
+  std::size_t n = 0;
+  for (std::uint32_t b = 0; b < kBuckets[segment->size_class]; ++b) {
+    const Bucket& bucket = segment->buckets()[b];
+    for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {  // no branch: the next one overwrites what is empty
+      keys[n] = bucket.key[slot].load(std::memory_order_relaxed);
+      handles[n] = bucket.handle[slot].load(std::memory_order_relaxed);
+      n += handles[n] != kAbsent ? 1 : 0;
     }
   }
-  for (std::size_t i = 0; i < rest; ++i) {
-    Segment* const to = high != nullptr && (hashes_[i] & side) != 0 ? high : low;
-    place_in(to, hashes_[i], moving_[i]);
-    ++to->used;
+  moving_.n = n;
+  std::uint64_t* const hashes = moving_.hashes.data();
+  for (std::size_t i = 0; i < n; ++i) hashes[i] = hash_id(keys[i]);
+}
+
+// low, high: how many buckets the successors have.
+FRESHET_CLONES void Index::find_homes(std::uint32_t low, std::uint32_t high, std::uint64_t side) noexcept {
+  const std::uint64_t* const hashes = moving_.hashes.data();
+  std::uint32_t* const homes = moving_.homes.data();
+  for (std::size_t i = 0; i < moving_.n; ++i) {
+    const bool upper = high != 0 && (hashes[i] & side) != 0;
+    homes[i] = bucket_index(hashes[i], upper ? high : low) + (upper ? kUpper : 0);
+  }
+}
+
+void Index::replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept {
+  const std::uint32_t high_buckets = high == nullptr ? 0 : kBuckets[high->size_class];
+  find_homes(kBuckets[low->size_class], high_buckets, side);
+  // First those that find room at home, slot by slot: nobody sees these buckets yet.
+  std::uint8_t taken[2 * kUpper] = {};
+  std::size_t rest = 0;
+  for (std::size_t i = 0; i < moving_.n; ++i) {
+    const std::uint32_t home = moving_.homes[i];
+    Segment* const to = home >= kUpper ? high : low;
+    const std::size_t slot = taken[home];
+    if (slot < Bucket::kSlots) {
+      taken[home] = static_cast<std::uint8_t>(slot + 1);
+      to->buckets()[home % kUpper].set(slot, moving_.keys[i], moving_.handles[i]);
+    } else {
+      moving_.homes[rest++] = static_cast<std::uint32_t>(i);
+    }
+  }
+  for (std::size_t r = 0; r < rest; ++r) {
+    const std::size_t i = moving_.homes[r];
+    Segment* const to = high != nullptr && (moving_.hashes[i] & side) != 0 ? high : low;
+    const Span at = span_in(to, kBuckets[to->size_class], moving_.hashes[i]);
+    place_guest(at, {moving_.keys[i], moving_.handles[i]});
   }
   low->worn = false;  // where it is, no better layout was found: ids that were made to collide, perhaps
   if (high != nullptr) high->worn = false;
@@ -239,6 +256,7 @@ void Index::replace(Segment* old, Segment* low, Segment* high, std::uint64_t has
   // Only now, so that whoever finds a retired bucket finds its successor in the directory.
   for (std::uint32_t b = 0; b < kBuckets[old->size_class]; ++b) old->buckets()[b].retire();
   reclaimer_->retire(old, bytes(old->size_class));
+  ++growths_;
 }
 
 void Index::link(Segment* segment, std::uint64_t hash) noexcept {

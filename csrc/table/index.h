@@ -94,37 +94,50 @@ class Index {
     std::size_t slot;
   };
   Place locate(std::int64_t key, std::uint64_t hash) const noexcept { return locate_from(span(hash), key); }
-  Place locate_from(Span at, std::int64_t key) const noexcept {
-    do {
-      Bucket& bucket = at.bucket();
+  Place locate_from(const Span& start, std::int64_t key) const noexcept {
+    const auto settled = [&](Bucket& bucket, Place* place) {
       const Handle handle = bucket.find(key);
-      if (handle != kAbsent) return {&bucket, bucket.slot_of(handle)};
-    } while (Bucket::overflow(at.bucket().control.load(std::memory_order_relaxed)) != 0 && at.step());
-    return {nullptr, 0};
+      if (handle != kAbsent) *place = {&bucket, bucket.slot_of(handle)};
+      return handle != kAbsent || Bucket::overflow(bucket.control.load(std::memory_order_relaxed)) == 0;
+    };
+    Place place{nullptr, 0};
+    if (settled(start.bucket(), &place)) return place;
+    Span at = start;
+    while (at.step() && !settled(at.bucket(), &place)) {
+    }
+    return place;
   }
 
-  // Sends for what an insertion changes: the segment's header, the home bucket and the second choice; later, when these
-  // have come and are full, the buckets where the keys at home there could go.
-  FRESHET_INLINE void prefetch_for_insert(std::uint64_t hash) const noexcept {
-    const Entry entry = entry_at(hash);
-    const Span at = span_in(segment_of(entry), kBuckets[entry & kClassMask], hash);
-    prefetch<Intent::kWrite>(segment_of(entry));
-    prefetch<Intent::kWrite>(at.first + at.index);
+  // Sends for what an insertion changes, beside the home bucket: the segment's header and the second choice; later, when
+  // both buckets have come and are full, the buckets where the keys at home there could go.
+  FRESHET_INLINE static void prefetch_for_insert(const Span& at) noexcept {
+    prefetch<Intent::kWrite>(segment_of(at));
     prefetch<Intent::kWrite>(at.first + at.second);
   }
-  FRESHET_INLINE void prefetch_room(std::uint64_t hash) const noexcept {
-    const Entry entry = entry_at(hash);
-    const Span at = span_in(segment_of(entry), kBuckets[entry & kClassMask], hash);
-    const Bucket& home = at.first[at.index];
+  FRESHET_INLINE static void prefetch_room(const Span& at) noexcept {
+    const Bucket& home = at.bucket();
     if (home.slot_of(kAbsent) != Bucket::kSlots || at.first[at.second].slot_of(kAbsent) != Bucket::kSlots) return;
     for (const std::atomic<std::int64_t>& key : home.key) {
       prefetch<Intent::kWrite>(at.first + second_index(hash_id(key.load(std::memory_order_relaxed)), at.buckets));
     }
   }
 
-  // Adds the handle of an absent key. May replace its segment: spans and places in it are then retired.
-  // std::bad_alloc: nothing has changed.
+  // Adds the handle of an absent key (`at`: the span of its hash). May replace its segment: spans and places in it are
+  // then retired. std::bad_alloc: nothing has changed.
   Place insert(std::int64_t key, std::uint64_t hash, Handle handle);
+  FRESHET_INLINE Place insert_at(const Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
+    Segment* const segment = segment_of(at);
+    if (segment->needs_room()) {
+      make_room_for(hash);
+      return insert(key, hash, handle);
+    }
+    ++segment->used;
+    set_size(size() + 1);
+    const std::size_t empty = at.bucket().slot_of(kAbsent);
+    return empty != Bucket::kSlots ? put(segment, at.index, empty, {key, handle}) : place_guest(at, {key, handle});
+  }
+  // How many segments were replaced: spans from before may be in a retired one.
+  std::size_t growths() const noexcept { return growths_; }
   void erase(Place place, std::uint64_t hash) noexcept;
 
  private:
@@ -135,14 +148,17 @@ class Index {
     std::uint32_t size_class;
     std::uint32_t depth;  // bits of the prefix, beyond the shard's
     std::uint32_t used;
+    std::uint32_t limit;  // of used
     bool worn = false;  // a bucket has lost count of the keys that went past it, and no search would end there again
     std::atomic<std::uint32_t> moves{0};  // odd while a key goes from one bucket to a later one
+    bool needs_room() const noexcept { return used >= limit || worn; }
     void begin_move() noexcept {
       moves.store(moves.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
       std::atomic_thread_fence(std::memory_order_release);
     }
     void end_move() noexcept { moves.store(moves.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
     Bucket* buckets() noexcept { return reinterpret_cast<Bucket*>(this + 1); }
+    const Bucket* buckets() const noexcept { return reinterpret_cast<const Bucket*>(this + 1); }
   };
   // Segment address + size class in its six low bits, so that a reader touches no header.
   using Entry = std::uint64_t;
@@ -166,6 +182,7 @@ class Index {
   static constexpr std::uint32_t kBuckets[] = {1, 3, 7, 15, 31, 63, 127, 255, 383, 511};
   static constexpr std::uint32_t kLastClass = 9;
 
+  static Segment* segment_of(const Span& span) noexcept { return reinterpret_cast<Segment*>(span.first) - 1; }
   static Segment* segment_of(Entry entry) noexcept { return reinterpret_cast<Segment*>(entry & ~kClassMask); }
   static Entry entry_of(Segment* segment) noexcept { return reinterpret_cast<Entry>(segment) | segment->size_class; }
   static std::uint32_t bucket_index(std::uint64_t hash, std::uint32_t buckets) noexcept {
@@ -196,14 +213,22 @@ class Index {
   }
   void release(void* memory, std::size_t size) noexcept { reclaimer_->arena().free(memory, size); }
   Directory* make_directory(unsigned shard_bits, unsigned depth);
-  Segment* make_segment(std::uint32_t size_class, unsigned depth);
-  static Place put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept;
+  Segment* make_segment(std::uint32_t size_class, unsigned depth, std::size_t used);  // used: keys to come
+  static Place put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept {
+    Bucket& bucket = segment->buckets()[b];
+    const BucketLock lock(bucket);
+    bucket.set(slot, entry.key, entry.handle);
+    return {&bucket, slot};
+  }
   static Place put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept;
   static void pass(Segment* segment, std::uint32_t b) noexcept;
   template <typename Fill>
   static bool make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexcept;
-  static Place place_in(Segment* segment, std::uint64_t hash, KeyHandle entry) noexcept;
+  static Place place_guest(const Span& at, KeyHandle entry) noexcept;
+  void make_room_for(std::uint64_t hash);
   void grow(Segment* segment, std::uint64_t hash);
+  void list_moving(const Segment* segment) noexcept;
+  void find_homes(std::uint32_t low, std::uint32_t high, std::uint64_t side) noexcept;
   void replace(Segment* old, Segment* low, Segment* high, std::uint64_t hash, std::uint64_t side) noexcept;
   static std::uint32_t class_for(std::size_t keys) noexcept;
   void link(Segment* segment, std::uint64_t hash) noexcept;
@@ -212,8 +237,24 @@ class Index {
   Reclaimer* const reclaimer_;
   std::atomic<Directory*> directory_;
   std::atomic<std::size_t> size_{0};
-  std::vector<KeyHandle> moving_;  // scratch of grow: what a segment holds
-  std::vector<std::uint64_t> hashes_;
+  std::size_t growths_ = 0;
+  // Scratch of grow: what a segment holds, and where it goes. One array per kind, so that loops over them are vectors.
+  struct Moving {
+    std::size_t n = 0;
+    std::vector<std::int64_t> keys;
+    std::vector<Handle> handles;
+    std::vector<std::uint64_t> hashes;
+    std::vector<std::uint32_t> homes;  // bucket of the lower successor; of the upper one, kUpper + bucket
+
+    void reserve(std::size_t most) {
+      if (most < keys.size()) return;
+      for (auto* const numbers : {&handles, &homes}) numbers->resize(most + 1);
+      hashes.resize(most + 1);
+      keys.resize(most + 1);  // last: it tells whether all have room
+    }
+  };
+  static constexpr std::uint32_t kUpper = kBuckets[kLastClass] + 1;
+  Moving moving_;
 };
 
 }  // namespace freshet

@@ -56,6 +56,11 @@ struct RowLayout {
     const std::size_t i = level == 0 ? handle : handle - (kFirstRows << (level - 1));
     return {slabs[level] + i / kGroup * group_bytes, i % kGroup};
   }
+  // The place n < 32 rows on, if the slab goes on so far.
+  FRESHET_INLINE Place after(Place place, std::size_t n) const noexcept {
+    const std::size_t lane = place.lane + n;
+    return lane < kGroup ? Place{place.group, lane} : Place{place.group + group_bytes, lane - kGroup};
+  }
   FRESHET_INLINE char* header(Place place) const noexcept { return place.group + place.lane * header_bytes; }
   FRESHET_INLINE char* row(Place place) const noexcept { return place.group + rows_at + place.lane * stride; }
 
@@ -120,23 +125,20 @@ class RowStore {
   }
   void give_back(Handle handle) noexcept { free_.push_back(handle); }
 
-  // Sends for the row that the call of `take` after the next few will give: rows used again lie anywhere.
-  void prefetch_next() const noexcept {
-    constexpr Handle kAhead = 2, kFreeAhead = 8;
-    if (free_.empty()) {
-      if (end_ + kAhead < capacity_) send_for(end_ + kAhead);
-    } else if (free_.size() > kFreeAhead) {
-      send_for(free_[free_.size() - 1 - kFreeAhead]);
+  // While the row at `taken` is written, sends for one that a later call of `take` will give: some rows on, or, used
+  // again, anywhere.
+  FRESHET_INLINE void prefetch_after(RowLayout::Place taken) const noexcept {
+    constexpr std::size_t kAhead = 2, kFreeAhead = 8;
+    if (free_.size() > kFreeAhead) {
+      taken = place_of(layout_, free_[free_.size() - 1 - kFreeAhead]);
+    } else {
+      taken = layout_.after(taken, kAhead);
     }
+    prefetch<Intent::kWrite>(layout_.header(taken));
+    prefetch_row(layout_.row(taken), layout_.stride);
   }
 
  private:
-  void send_for(Handle handle) const noexcept {
-    const RowLayout::Place place = place_of(layout_, handle);
-    prefetch<Intent::kWrite>(layout_.header(place));
-    prefetch_row(layout_.row(place), layout_.stride);
-  }
-
   void add_slab() {
     const std::size_t rows = layout_.rows_in(count_);
     if (capacity_ + rows > kCandidateBit) throw std::length_error("a shard of the table cannot have more than 2^31 rows");

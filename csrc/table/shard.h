@@ -68,19 +68,27 @@ class Shard {
   }
 
   // A row that nobody sees yet; complete it, then publish it. std::bad_alloc: nothing has changed.
-  Handle take_row() {
+  struct FreshRow {
+    Handle handle;
+    RowMeta* meta;
+    float* floats;
+  };
+  FreshRow take_row() {
     rows_.reserve(1);
-    rows_.prefetch_next();
-    return rows_.take();
+    const Handle handle = rows_.take();
+    const RowLayout::Place place = rows_.place_of(rows_.layout(), handle);
+    char* const row = rows_.layout().row(place);
+    rows_.prefetch_after(place);
+    return {handle, reinterpret_cast<RowMeta*>(rows_.layout().header(place)), reinterpret_cast<float*>(row)};
   }
   void untake_row(Handle handle) noexcept { rows_.give_back(handle); }
 
   // Makes the row stand for its key, which is absent, or (place) a candidate. Returns the bucket.
   // std::bad_alloc: nothing has changed.
-  Bucket* publish_row(Index::Place place, std::int64_t key, std::uint64_t hash, Handle handle) {
+  Bucket* publish_row(Index::Place place, const Index::Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
     candidates_.reserve_back(1);
     if (place.bucket == nullptr) {
-      place = index_.insert(key, hash, handle);
+      place = index_.insert_at(at, key, hash, handle);
     } else {
       const Handle candidate = place.bucket->at(place.slot);
       {

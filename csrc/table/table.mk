@@ -1,6 +1,6 @@
 # Builds csrc/table -> ../model/_native/freshet_table*.so and its C++ tests. Included by ../Makefile.
 
-TABLE_PARTS := checksum embedding_table embedding_table_batch embedding_table_delta embedding_table_read embedding_table_sweep \
+TABLE_PARTS := checksum embedding_table embedding_table_batch embedding_table_delta embedding_table_insert embedding_table_read embedding_table_sweep \
 	embedding_table_write index row_codec serving_table serving_table_read snapshot_scan
 TABLE_BINDINGS := bindings checksum_bindings serving_bindings snapshot_bindings
 TABLE_TESTS := checksum_test embedding_table_test embedding_table_model_test embedding_table_memory_test \
