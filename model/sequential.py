@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from components.errors import BadInput
 from model.attention import causal
 from model.hstu import Hstu, HstuConfig
+from model.sampled_softmax import per_position_cross_entropy
 from model.softmax import catalogue_cross_entropy
 
 EPSILON = 1e-6
@@ -143,20 +144,6 @@ class NextItem(nn.Module):
         """(B, items) cosines after each user's newest item."""
         scores: Tensor = self(batch)[batch.last()] @ self.item_vectors().T
         return scores
-
-
-def per_position_cross_entropy(
-    vectors: Tensor, items: Tensor, wanted: Tensor, drawn: Tensor, temperature: float
-) -> Tensor:
-    """The published sampled softmax: each position has negatives of its own, without a correction for sampling.
-
-    vectors (N, d), items (V, d), wanted (N,), drawn (N, S) rows of items. A drawn item that is the wanted one is out.
-    """
-    positive = (vectors * F.embedding(wanted, items)).sum(1, keepdim=True)
-    negative = torch.einsum("nd,nsd->ns", vectors, F.embedding(drawn, items))
-    negative = negative.masked_fill(drawn == wanted[:, None], float("-inf"))
-    logits = torch.cat([positive, negative], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(wanted), dtype=torch.int64))
 
 
 class HstuEncoder(nn.Module):

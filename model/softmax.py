@@ -6,6 +6,8 @@ operators below, which are their reference, too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,32 +39,34 @@ def catalogue_cross_entropy(vectors: Tensor, items: Tensor, wanted: Tensor, temp
         )
     if not len(vectors):
         return vectors.sum() * 0.0
-    loss: Tensor = _CatalogueCrossEntropy.apply(vectors, items, wanted, 1.0 / temperature)
+    fused = vectors.device.type == "cpu" and vectors.dtype == items.dtype == torch.float32
+    softmax = partial(catalogue_softmax if fused else softmax_reference, wanted=wanted, scale=1.0 / temperature)
+    loss: Tensor = CrossEntropy.apply(vectors, items, softmax)
     return loss
 
 
-class _CatalogueCrossEntropy(torch.autograd.Function):
+class CrossEntropy(torch.autograd.Function):
+    """The loss of a softmax(vectors, items, gradients=) that gives its gradients along with it."""
+
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, items: Tensor, wanted: Tensor, scale: float) -> Tensor:
-        fused = vectors.device.type == "cpu" and vectors.dtype == items.dtype == torch.float32
-        softmax = catalogue_softmax if fused else softmax_reference
-        loss, of_vectors, of_items = softmax(vectors, items, wanted, scale, any(ctx.needs_input_grad))
+    def forward(ctx: Any, vectors: Tensor, items: Tensor, softmax: Callable[..., Softmax]) -> Tensor:
+        loss, of_vectors, of_items = softmax(vectors, items, gradients=any(ctx.needs_input_grad))
         ctx.save_for_backward(of_vectors, of_items)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # once_differentiable would let a graph through that lacks the vectors and items
-            raise RuntimeError("the softmax over the catalogue has no second derivative; leave out create_graph=True")
+            raise RuntimeError("a fused softmax has no second derivative; leave out create_graph=True")
         of_vectors, of_items = ctx.saved_tensors
-        return of_vectors * upstream, of_items * upstream, None, None
+        return of_vectors * upstream, of_items * upstream, None
 
 
 @torch.library.custom_op("freshet::catalogue_softmax", mutates_args=())
 def catalogue_softmax(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
     """The operator: float32 on the CPU, N > 0; scores are scale * vectors @ items^T."""
     vectors, items, wanted = vectors.contiguous(), items.contiguous(), wanted.contiguous()
-    of_vectors, of_items = _empty_gradients(vectors, items, gradients)
+    of_vectors, of_items = empty_gradients(vectors, items, gradients)
     inputs = {
         "rows": len(vectors), "items": len(items), "dim": vectors.shape[1], "scale": scale,
         "vectors": vectors.data_ptr(), "item_vectors": items.data_ptr(), "wanted": wanted.data_ptr(),
@@ -74,10 +78,11 @@ def catalogue_softmax(vectors: Tensor, items: Tensor, wanted: Tensor, scale: flo
 
 @catalogue_softmax.register_fake
 def _(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
-    return vectors.new_empty(()), *_empty_gradients(vectors, items, gradients)
+    return vectors.new_empty(()), *empty_gradients(vectors, items, gradients)
 
 
-def _empty_gradients(vectors: Tensor, items: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def empty_gradients(vectors: Tensor, items: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Of the shapes of vectors and items; (0,) unless wanted."""
     if not wanted:
         return vectors.new_empty(0), items.new_empty(0)
     return vectors.new_empty(vectors.shape), items.new_empty(items.shape)
@@ -85,7 +90,7 @@ def _empty_gradients(vectors: Tensor, items: Tensor, wanted: bool) -> tuple[Tens
 
 def softmax_reference(vectors: Tensor, items: Tensor, wanted: Tensor, scale: float, gradients: bool) -> Softmax:
     """catalogue_softmax by torch operators, for any device and type, in chunks of positions."""
-    of_vectors, of_items = _empty_gradients(vectors, items, gradients)
+    of_vectors, of_items = empty_gradients(vectors, items, gradients)
     of_items.zero_()
     total = vectors.new_zeros((), dtype=torch.float64)
     size = max(16, CHUNK_ELEMENTS // len(items))

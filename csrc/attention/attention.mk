@@ -6,7 +6,7 @@ ATTENTION_KERNELS := portable avx2 avx512
 ATTENTION_X86 := $(findstring x86_64,$(shell $(CXX) -dumpmachine))
 ATTENTION_FLAGS_avx2 := $(if $(ATTENTION_X86),-mavx2 -mfma)
 ATTENTION_FLAGS_avx512 := $(if $(ATTENTION_X86),-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma)
-ATTENTION_PARTS := attention dispatch layer softmax time_table $(ATTENTION_KERNELS:%=kernel_%)
+ATTENTION_PARTS := attention dispatch layer sampled_softmax softmax time_table $(ATTENTION_KERNELS:%=kernel_%)
 ATTENTION_HEADERS := $(wildcard attention/*.h common/*.h)
 ATTENTION_KERNEL_FLAGS = -ffp-contract=fast $(ATTENTION_FLAGS_$(patsubst kernel_%,%,$*))
 

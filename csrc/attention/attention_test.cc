@@ -29,6 +29,7 @@ std::vector<std::int64_t> boundaries() {
 void test_vectors();                        // simd_test.cc
 void test_layers(const std::string& isa);   // layer_test.cc
 void test_softmax(const std::string& isa);  // softmax_test.cc
+void test_sampled_softmax(const std::string& isa);  // sampled_softmax_test.cc
 
 namespace {
 
@@ -239,6 +240,7 @@ int main() {
     threads_change_no_bit(isa);
     test_layers(isa);
     test_softmax(isa);
+    test_sampled_softmax(isa);
   }
   bad_input_is_refused();
   if (failures != 0) return EXIT_FAILURE;

@@ -1,6 +1,6 @@
 // The Python module freshet_attention: addresses of contiguous arrays in, the GIL released while the kernels work.
-// Only model/attention_cpu.py, model/fused.py and model/softmax.py call it; they have checked shapes, types and layout
-// before they pass an address.
+// Only model/attention_cpu.py, model/fused.py, model/softmax.py and model/sampled_softmax.py call it; they have checked
+// shapes, types and layout before they pass an address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "sampled_softmax.h"
 #include "softmax.h"
 
 namespace py = pybind11;
@@ -139,6 +140,19 @@ double catalogue_softmax(const py::dict& a, const py::dict& gradients, std::size
   return freshet::attention::catalogue_softmax(in, out, threads);
 }
 
+double sampled_softmax(const py::dict& a, const py::dict& gradients, std::size_t threads) {
+  freshet::attention::SampledSoftmax in;
+  in.rows = number(a, "rows"), in.items = number(a, "items"), in.dim = number(a, "dim");
+  in.samples = number(a, "samples");
+  in.vectors = at<const float>(a, "vectors"), in.item_vectors = at<const float>(a, "item_vectors");
+  in.wanted = at<const std::int64_t>(a, "wanted"), in.drawn = at<const std::int64_t>(a, "drawn");
+  in.scale = py::cast<float>(a["scale"]);
+  const freshet::attention::SoftmaxGradients out{at<float>(gradients, "vectors"),
+                                                 at<float>(gradients, "item_vectors")};
+  const py::gil_scoped_release release;
+  return freshet::attention::sampled_softmax(in, out, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(freshet_attention, module) {
@@ -151,5 +165,6 @@ PYBIND11_MODULE(freshet_attention, module) {
   module.def("finish_forward", &finish_forward, py::arg("inputs"), py::arg("y"), py::arg("threads"));
   module.def("finish_backward", &finish_backward, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
   module.def("catalogue_softmax", &catalogue_softmax, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
+  module.def("sampled_softmax", &sampled_softmax, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
   module.def("instruction_set", &freshet::attention::instruction_set);
 }

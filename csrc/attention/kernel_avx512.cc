@@ -50,10 +50,11 @@ struct Isa {
 
 #include "kernel.h"
 #include "layer_kernel.h"
+#include "sampled_softmax_kernel.h"
 #include "softmax_kernel.h"
 
 namespace freshet::attention {
 const Kernels kAvx512Kernels = {"avx512", scratch_floats, forward_task, backward_task, &kLayerKernels,
-                                &kSoftmaxKernels};
+                                &kSoftmaxKernels, &kSampledSoftmaxKernels};
 }  // namespace freshet::attention
 #endif

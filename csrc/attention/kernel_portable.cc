@@ -3,9 +3,10 @@
 
 #include "kernel.h"
 #include "layer_kernel.h"
+#include "sampled_softmax_kernel.h"
 #include "softmax_kernel.h"
 
 namespace freshet::attention {
 const Kernels kPortableKernels = {"portable", scratch_floats, forward_task, backward_task, &kLayerKernels,
-                                  &kSoftmaxKernels};
+                                  &kSoftmaxKernels, &kSampledSoftmaxKernels};
 }  // namespace freshet::attention

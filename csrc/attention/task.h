@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "sampled_softmax.h"
 #include "softmax.h"
 #include "time_table.h"
 
@@ -45,6 +46,7 @@ struct Kernels {
   void (*backward)(const Task& task, const TaskGradients& gradients, float* scratch);
   const LayerKernels* layer;
   const SoftmaxKernels* softmax;
+  const SampledSoftmaxKernels* sampled_softmax;
 };
 
 // The best ones this machine runs, or those of FRESHET_ISA; throws std::invalid_argument as instruction_set() does.

@@ -7,8 +7,8 @@ the same threads, in one run. A step is forward, loss, backward and AdamW, with 
 bench_hstu_reference; its loss and gradients are compared with ours before anything is timed.
 
 step_base, step_large: both sides with the softmax over the whole catalogue; the reference makes all logits at once, as
-torch's cross_entropy takes them. step_*_sampled: both sides with the published 128 negatives per position, by the same
-code. full_vs_sampled: our step with sampled over our step with full softmax; the NDCG@10 on MovieLens-1M (--data) of
+torch's cross_entropy takes them. step_*_sampled: both sides with the published 128 negatives per position, which the
+reference gathers, as it was published. full_vs_sampled: our step with sampled over our step with full softmax; the NDCG@10 on MovieLens-1M (--data) of
 both after as many epochs, and of the full one after as much time, stand beside it (bench-ml1m has both after early
 stopping). Ratios are reference over ours: the median over the repetitions of the ratio
 within each, `medians` their milliseconds. The last line is `RESULT {json}`.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.attention import TIME_BUCKETS
 from model.hstu import Hstu, HstuLayer
-from model.sequential import EPSILON, HstuEncoder, ItemHistories, NextItem, per_position_cross_entropy
+from model.sampled_softmax import per_position_cross_entropy, per_position_reference
+from model.sequential import EPSILON, HstuEncoder, ItemHistories, NextItem
 from model.softmax import catalogue_cross_entropy
 
 
@@ -55,7 +56,7 @@ def reference_loss(
     vectors, items = reference_vectors(model, batch, log_dtype), F.normalize(model.items, dim=1, eps=EPSILON)
     if drawn is None:
         return F.cross_entropy(vectors @ items.T / model.config.temperature, wanted)
-    return per_position_cross_entropy(vectors, items, wanted, drawn, model.config.temperature)
+    return per_position_reference(vectors, items, wanted, drawn, model.config.temperature)
 
 
 def our_loss(model: NextItem, batch: ItemHistories, wanted: Tensor, drawn: Tensor | None) -> Tensor:

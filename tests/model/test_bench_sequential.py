@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.errors import BadInput
-from model.sequential import ItemHistories, NextItem, SequentialConfig, per_position_cross_entropy
+from model.sampled_softmax import per_position_cross_entropy
+from model.sequential import ItemHistories, NextItem, SequentialConfig
 
 ITEMS = 30
 ENCODERS = ("hstu", "sasrec")
