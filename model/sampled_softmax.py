@@ -1,7 +1,7 @@
 """Cross-entropy of the wanted item among itself and items drawn for each position: the published sampled softmax.
 
-On the CPU and in float32 the kernels of csrc/attention/sampled_softmax.h do it, without the (N, S, d) vectors of what was
-drawn; everything else takes torch's operators, which are their reference, too.
+On the CPU and in float32 the kernels of csrc/attention/sampled_softmax.h do it, without the (N, S, d) vectors of what
+was drawn; everything else takes torch's operators, which are their reference, too.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def per_position_cross_entropy(
     return loss
 
 
-def per_position_reference(
-    vectors: Tensor, items: Tensor, wanted: Tensor, drawn: Tensor, temperature: float
-) -> Tensor:
+def per_position_reference(vectors: Tensor, items: Tensor, wanted: Tensor, drawn: Tensor, temperature: float) -> Tensor:
     """per_position_cross_entropy by torch's operators, as it was published: a gather of (N, S, d) vectors."""
     positive = (vectors * F.embedding(wanted, items)).sum(1, keepdim=True)
     negative = torch.einsum("nd,nsd->ns", vectors, F.embedding(drawn, items))

@@ -67,6 +67,12 @@ def our_loss(model: NextItem, batch: ItemHistories, wanted: Tensor, drawn: Tenso
     return per_position_cross_entropy(vectors, items, wanted, drawn, model.config.temperature)
 
 
+def gathered_loss(model: NextItem, batch: ItemHistories, wanted: Tensor, drawn: Tensor | None) -> Tensor:
+    """Our model with the published sampled loss."""
+    assert drawn is not None
+    return per_position_reference(model(batch), model.item_vectors(), wanted, drawn, model.config.temperature)
+
+
 def reference_vectors(model: NextItem, batch: ItemHistories, log_dtype: torch.dtype = torch.float32) -> Tensor:
     """(T, dim): what model(batch) is."""
     c, encoder = model.config, model.encoder

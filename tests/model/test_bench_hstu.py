@@ -80,7 +80,14 @@ def test_the_command_prints_the_result_last(
     before = torch.get_num_threads()
     bench_hstu.main(["--sections=step,softmax", "--repetitions=1", "--epochs=0", f"--threads={before}"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
-    assert {"step_base", "step_large", "step_base_sampled", "full_vs_sampled", "medians"} <= set(result)
+    assert {
+        "step_base",
+        "step_large",
+        "step_base_sampled",
+        "full_vs_sampled",
+        "full_vs_sampled_kernel",
+        "medians",
+    } <= set(result)
     with pytest.raises(SystemExit):
         bench_hstu.main(["--sections=stepp"])
 
