@@ -11,8 +11,8 @@ torch's cross_entropy takes them. step_*_sampled: both sides with the published 
 reference gathers the vectors, as published. full_vs_sampled: our step with the published sampled loss over our step
 with the full softmax; full_vs_sampled_kernel: the same for the sampled loss by our kernel. The NDCG@10 on MovieLens-1M
 (--data) of both after as many epochs, and of the full one after as much time as the published one takes, stand beside
-them (bench-ml1m has both after early stopping). Ratios are reference over ours: the median over the repetitions of the ratio
-within each, `medians` their milliseconds. The last line is `RESULT {json}`.
+them (bench-ml1m has both after early stopping). Ratios are reference over ours: the median over the repetitions of the
+ratio within each, `medians` their milliseconds. The last line is `RESULT {json}`.
 """
 
 from __future__ import annotations
