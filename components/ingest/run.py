@@ -64,11 +64,13 @@ class IngestResult(BaseModel):
 def run(config: IngestConfig) -> IngestResult:
     """Ingest one source; a finished ingest returns its recorded result.
 
-    Raises BadInput for a missing path, wrong columns, unreadable or empty files and for too many bad rows.
+    Raises BadInput for a missing path, wrong columns, unreadable or empty files, too many bad rows, and for a synthetic
+    world where there is other data.
     """
     now = datetime.now(UTC)
     storage = Storage(config.root)
     if config.source == "synthetic":
+        _refuse_other_data(config, storage)
         config = config.with_end_of_world(recorded_world(storage), now)
     name = f"{config.source}-{_digest(config)}"
     manifest = f"ingests/{name}.json"
@@ -94,6 +96,21 @@ def run(config: IngestConfig) -> IngestResult:
     except AlreadyExists:
         return IngestResult.model_validate_json(storage.read_bytes(manifest))
     return result
+
+
+def _refuse_other_data(config: IngestConfig, storage: Storage) -> None:
+    """The synthetic world is the default source: it must not come among real events because --source was forgotten."""
+    given = [f"--{name}" for name in ("path", "columns") if getattr(config, name)]
+    if given:
+        raise BadInput(
+            f"the synthetic world has no {' and no '.join(given)}; set --source to files, kuairand or movielens"
+        )
+    others = sorted(path for path in storage.list("ingests") if not path.startswith("ingests/synthetic-"))
+    if others:
+        raise BadInput(
+            f"{config.root} holds other data ({others[0]}), with which a synthetic world would mix; "
+            "set --source to read yours, or use another --root"
+        )
 
 
 def _nothing_new(config: IngestConfig, storage: Storage, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from components.world.config import WorldConfig
 from components.world.history import simulate_history
 from components.world.record import record_world, recorded_world
 from components.world.world import World
-from tests.components.ingest.cases import WORLD, events, ingest
+from tests.components.ingest.cases import WORLD, content, events, ingest, written
 
 
 def test_the_synthetic_history_enters_the_log_whole_and_its_malformed_rows_do_not(store: Storage) -> None:
@@ -35,6 +36,24 @@ def test_copies_and_late_events_of_the_world_reach_the_log_for_the_join_to_resol
     shown = events(store, "impressions")
     assert shown.duplicated(["request_id", "item_id"]).sum() > 20
     assert (shown.received_at - shown.timestamp > 3_600_000_000).sum() > 20
+
+
+@pytest.mark.parametrize("given", [{"path": "log.csv"}, {"columns": "user_id=uid"}])
+def test_the_world_does_not_come_in_place_of_a_log_whose_source_was_forgotten(
+    store: Storage, given: dict[str, str]
+) -> None:
+    with pytest.raises(BadInput, match=f"has no --{next(iter(given))}; set --source to files, kuairand or movielens"):
+        ingest(store, **WORLD, **given)
+    assert content(store) == {}
+
+
+def test_the_world_does_not_come_among_real_events(store: Storage, tmp_path: Path) -> None:
+    log = written(tmp_path / "log.csv", {"user_id": [1], "item_id": [2], "timestamp": [1700000000]})
+    name = ingest(store, source="files", path=str(log)).name
+    before = content(store)
+    with pytest.raises(BadInput, match=rf"holds other data \(ingests/{name}.json\).* use another --root"):
+        ingest(store, **WORLD)
+    assert content(store) == before
 
 
 def test_the_world_is_recorded_for_its_live_users(store: Storage) -> None:
