@@ -124,7 +124,7 @@ class Engine:
                 "or python -m components.rollout --action=start --until=promoted"
             )
         if not len(self.items.items):
-            return "no items: the catalogue is empty; ingest items (python -m components.ingest)"
+            return "no items: the catalogue is empty; ingest items (python -m components.ingest --help)"
         return None
 
     def set_catalogue(self) -> None:
