@@ -43,7 +43,10 @@ class IngestConfig(StepConfig, WorldConfig):
     time_unit: Literal["s", "ms", "us", "iso"] = Field(
         default="s", description="files: unit of numeric timestamps since 1970 in UTC, or iso for text"
     )
-    string_ids: bool = Field(default=False, description="files: hash user, item, author and category ids that are text")
+    string_ids: bool = Field(
+        default=False,
+        description="files: hash ids that are text: of users, items, requests, pages, authors, categories",
+    )
     action_names: str = Field(
         default="",
         description="files: theirs=our pairs for values of the action column, e.g. 'purchase=like,view=click'",

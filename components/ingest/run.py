@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
+from collections.abc import Collection
 from datetime import UTC, datetime
 from types import ModuleType
 
@@ -33,6 +34,7 @@ from components.ingest.batch import Batch, times_of
 from components.ingest.config import IngestConfig
 from components.ingest.write import event_files, items_path, last_items_path, newest_items, write_files
 from components.join.run import published
+from components.schemas import ACTIONS
 from components.storage import Storage
 from components.windows import from_us, to_us
 from components.world.config import WorldConfig
@@ -150,7 +152,7 @@ def _check(config: IngestConfig, storage: Storage, batch: Batch, quarantine: str
         raise BadInput(
             f"{batch.bad.num_rows} of {batch.event_rows + batch.item_rows} rows ({batch.bad_share:.1%}) are bad, "
             f"more than --max-bad-share {config.max_bad_share:.1%}; nothing was ingested\n{report(reasons)}"
-            f"see {storage.url(quarantine)}, then repair the source or raise --max-bad-share"
+            f"{_hints(config, reasons)}see {storage.url(quarantine)}, then repair the source or raise --max-bad-share"
         )
     if batch.impressions.num_rows + batch.actions.num_rows == 0 and not (
         config.source == "files" and config.kind == "items" and batch.items.num_rows
@@ -159,6 +161,21 @@ def _check(config: IngestConfig, storage: Storage, batch: Batch, quarantine: str
             f"no event lies in [{config.from_time or 'the beginning'}, {config.until_time or 'the end'}); "
             "choose another --from-time and --until-time"
         )
+
+
+def _hints(config: IngestConfig, reasons: Collection[str]) -> str:
+    """The settings of source=files that these reasons may come from, one a line."""
+    if config.source != "files":
+        return ""
+    text = any(reason.startswith("non_integer_") for reason in reasons if reason != "non_integer_position")
+    hints = {
+        "ids that are text need --string-ids": text and not config.string_ids,
+        f"are the times of --time-unit={config.time_unit}? (s, ms, us, iso)": any(
+            "timestamp" in reason for reason in reasons
+        ),
+        f"--action-names maps actions to those known: {', '.join(ACTIONS)}": "unknown_action" in reasons,
+    }
+    return "".join(f"{hint}\n" for hint, applies in hints.items() if applies)
 
 
 def report(reasons: Counter[str]) -> str:

@@ -118,6 +118,27 @@ def test_too_many_bad_rows_fail_the_ingest_with_a_report_and_nothing_enters_the_
     assert store.read_table(quarantined).num_rows == 3
 
 
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"user_id": "anna"}, "ids that are text need --string-ids"),
+        ({"timestamp": "2024-01-01"}, "are the times of --time-unit=s? (s, ms, us, iso)"),
+        ({"timestamp": 1700000000000}, "are the times of --time-unit=s? (s, ms, us, iso)"),
+        ({"action": "buy"}, "--action-names maps actions to those known: click, like"),
+    ],
+)
+def test_bad_rows_name_the_setting_that_they_may_come_from(
+    store: Storage, tmp_path: Path, row: dict[str, Any], hint: str
+) -> None:
+    columns = {"user_id": 1, "item_id": 2, "timestamp": 1700000000, "action": "click"} | row
+    path = str(written(tmp_path / "log.csv", {name: [value] for name, value in columns.items()}))
+    with pytest.raises(BadInput) as told:
+        ingest(store, source="files", path=path)
+    lines = str(told.value).splitlines()
+    assert [line for line in lines if "--" in line and line.startswith(hint)], lines
+    assert sum(line.startswith(("ids that", "are the", "--action")) for line in lines) == 1
+
+
 def test_a_larger_bad_share_can_be_allowed_afterwards(store: Storage, tmp_path: Path) -> None:
     columns = {"user_id": ["1", "x"], "item_id": [1, 2], "timestamp": [1700000000] * 2}
     path = str(written(tmp_path / "log.csv", columns))
