@@ -17,10 +17,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from components.errors import BadInput, FreshetError
 from components.windows import parse_time
@@ -177,7 +178,9 @@ def _add_argument(parser: argparse.ArgumentParser, name: str, field: FieldInfo) 
 
 def _help(field: FieldInfo) -> str:
     notes = []
-    if not field.is_required() and field.default_factory is None:
+    if get_origin(field.annotation) is Literal:
+        notes.append("one of " + ", ".join(get_args(field.annotation)))
+    if not field.is_required() and field.default not in (None, "", PydanticUndefined):
         notes.append(f"default {field.default}")
     for constraint in field.metadata:
         notes += [f"{sign} {getattr(constraint, key)}" for key, sign in _BOUNDS if hasattr(constraint, key)]
@@ -209,5 +212,8 @@ def _settings(config: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         return config(**values)
     except ValidationError as error:
-        lines = [f"--{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"--{'.'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise BadInput("wrong settings; " + "; ".join(lines)) from error

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
-from components.config import StepConfig, cli, form_fields, to_arguments
+from components.config import StepConfig, TimeText, cli, form_fields, to_arguments
 from components.errors import AlreadyExists, BadInput, FreshetError
 
 
@@ -26,6 +27,8 @@ class PourConfig(StepConfig):
     rate: float = Field(0.5, gt=0, description="litres a second")
     name: str = Field("tea", description="what is poured")
     hot: bool = Field(True, description="heat it first")
+    size: Literal["small", "large"] = Field("small", description="of a cup")
+    since: TimeText = Field("", description="when it was made")
     note: str | None = Field(None, description="anything else")
 
 
@@ -61,6 +64,8 @@ def test_the_result_is_written_where_a_pod_expects_it(tmp_path: Path, monkeypatc
     [
         (["--cups=0"], "--cups: Input should be greater than or equal to 1"),
         (["--rate=fast"], "--rate: Input should be a valid number"),
+        (["--size=huge"], "--size: Input should be 'small' or 'large'"),
+        (["--since=noon"], "--since: 'noon' is not a time; write it like"),
         (["--name=oil"], "oil is not poured; choose tea"),
     ],
 )
@@ -140,12 +145,15 @@ def failing(error: Exception) -> Callable[[PourConfig], Poured]:
     return fail
 
 
-def test_help_shows_defaults_bounds_and_what_the_step_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_choices_defaults_bounds_and_what_the_step_does(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli(PourConfig, run, ["--help"])
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    assert "how many cups, 100 % full [default 2, >= 1, <= 9]" in " ".join(shown.split())
+    assert "how many cups, 100 % full [default 2, >= 1, <= 9]" in shown
+    assert "of a cup [one of small, large, default small]" in shown
+    assert "when it was made" in shown and "anything else" in shown
+    assert "[default ]" not in shown and "[default None" not in shown
     assert "The command line that every step gets" in shown
 
 
