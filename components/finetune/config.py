@@ -24,15 +24,17 @@ class FinetuneConfig(TrackedConfig):
         default=True, description="also measure the version as it was pretrained on the same events"
     )
     continual_dense_lr: float | None = Field(
-        default=None, gt=0, le=1, description="Adam learning rate of dense parameters"
+        default=None, gt=0, le=1, description="Adam learning rate of dense parameters; empty: as pretrained"
     )
     continual_table_lr: float | None = Field(
-        default=None, gt=0, le=10, description="learning rate of the embedding tables"
+        default=None, gt=0, le=10, description="learning rate of the embedding tables; empty: as pretrained"
     )
     continual_bias_lr: float | None = Field(
-        default=None, gt=0, le=10, description="learning rate of the ranker's biases"
+        default=None, gt=0, le=10, description="learning rate of the ranker's biases; empty: as pretrained"
     )
-    continual_batch_tokens: int | None = Field(default=None, ge=16, le=10_000_000, description="tokens per batch")
+    continual_batch_tokens: int | None = Field(
+        default=None, ge=16, le=10_000_000, description="tokens per batch; empty: as pretrained"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the HSTU stack is trained; auto: a CUDA device if there is one"
     )

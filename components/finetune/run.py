@@ -10,7 +10,7 @@ which marks it as consumed. A window that begins before the end of the newest co
 that lie between are learned from first, in order, each as a delta of its own (--skip-gap leaves them out for good).
 
 example:
-  python -m components.finetune --model ranker --dataset window-20220501T000000Z-20220502T000000Z
+  python -m components.finetune --model ranker --dataset window-20220501T000000Z-20220502T000000Z-0123456789ab
 """
 
 from __future__ import annotations
