@@ -1,15 +1,4 @@
-"""Any Parquet, CSV or JSONL file, through a column mapping like 'user_id=uid,item_id=sku,timestamp=ts'.
-
-What a row is, by `kind`:
-
-* impressions: user_id item_id timestamp [request_id position page received_at], and any action name mapped to a
-  column: 0/1 for click, like, ...; seconds for watch and stars for rating, which count when above 0. An impression that
-  is logged again with other feedback stays once, with the actions of all its rows.
-* actions: request_id user_id item_id timestamp action [value received_at], of impressions logged elsewhere.
-* feedback: user_id item_id timestamp [action value request_id page]: an impression and its one action (like when the
-  row names none) at the same time, as most public data sets are.
-* items: item_id [author_id category duration_s].
-"""
+"""Any Parquet, CSV or JSONL file, through a column mapping: components/ingest/run.py says what a row is, by `kind`."""
 
 from __future__ import annotations
 

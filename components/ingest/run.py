@@ -12,6 +12,16 @@ depend on the settings and on the content of the source, so running it again cha
 crash repairs what the crash left. Of items without events (--kind=items) the row that was ingested last wins; a
 catalogue that was ingested before wins again under another file name.
 With --from-time and --until-time (half-open) a log can be replayed slice by slice.
+
+The columns of --source=files (Parquet, JSONL, or CSV with a header and commas) by --kind, [those that may be absent]:
+
+  impressions  user_id item_id timestamp [request_id position page received_at], and actions as columns: 0/1 for click,
+               like, long_view, follow, comment, share, dislike; seconds for watch and stars for rating, which count
+               when above 0. An impression logged again with other feedback stays once, with the actions of all its rows
+  actions      request_id user_id item_id timestamp action [value received_at], of impressions logged elsewhere
+  feedback     user_id item_id timestamp [action value request_id page received_at]: an impression and its one action
+               (like when the row names none) at the same time, as most public data sets are
+  items        item_id [author_id category duration_s]
 """
 
 from __future__ import annotations

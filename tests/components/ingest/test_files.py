@@ -16,6 +16,7 @@ import pytest
 from components.config import cli
 from components.errors import BadInput
 from components.ingest.config import IngestConfig
+from components.ingest.files import COLUMNS, REQUIRED
 from components.ingest.run import run
 from components.schemas import ITEMS, hash_id
 from components.sequence_data import read_items
@@ -228,3 +229,15 @@ def test_ids_are_exact_to_the_last_of_64_bits_even_beside_bad_ones(store: Storag
     result = ingest(store, source="files", path=str(path), max_bad_share=0.5)
     assert sorted(events(store, "impressions").user_id) == sorted(big)
     assert result.quarantined == {"non_integer_user_id": 1}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_the_help_names_the_columns_of_each_kind_and_which_may_be_absent(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli(IngestConfig, run, ["--help"])
+    shown = capsys.readouterr().out
+    (told,) = re.findall(rf"^  {kind} +(.*?)(?=^  [a-z]|^$)", shown, re.MULTILINE | re.DOTALL)
+    assert told.partition("[")[0].split()[: len(REQUIRED[kind])] == REQUIRED[kind]
+    assert set(COLUMNS[kind].split()) <= set(re.findall(r"[a-z_]+", told))
