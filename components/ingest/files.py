@@ -19,7 +19,7 @@ from components.ingest.batch import (
     repeated,
 )
 from components.ingest.config import IngestConfig
-from components.ingest.read import data_files, existing, read_any
+from components.ingest.read import Raw, data_files, existing, read_any
 from components.ingest.rows import Rows
 from components.request_ids import REQUEST_ID_BITS, request_ids
 from components.schemas import ACTIONS
@@ -53,6 +53,7 @@ def load(config: IngestConfig, now_us: int) -> Batch:
         batch.item_rows += read if config.kind == "items" else 0
         batch.event_rows += read if config.kind != "items" else 0
         batch.set_aside(raw.malformed)
+        _require_mapped(raw, mapping, REQUIRED[config.kind])
         add_rows(batch, Rows(_renamed(raw.table, mapping), _ROW_KIND[config.kind], raw.source), config, now_us)
     if absent := [name for name in mapping if name not in found]:  # one file may lack it: JSON leaves fields out
         raise BadInput(
@@ -86,6 +87,15 @@ def column_mapping(config: IngestConfig) -> dict[str, str]:
             "write our name first, as in user_id=uid"
         )
     return {theirs: ours for ours, theirs in mapping.items()}
+
+
+def _require_mapped(raw: Raw, mapping: dict[str, str], required: list[str]) -> None:
+    """BadInput when a column that every file needs is mapped to a name that this one has not."""
+    there = raw.table.column_names
+    if absent := [
+        f"{theirs} for {ours}" for theirs, ours in mapping.items() if ours in required and theirs not in there
+    ]:
+        raise BadInput(f"--columns names {', '.join(absent)}, but {raw.source} has only {', '.join(there)}")
 
 
 def _renamed(table: pa.Table, mapping: dict[str, str]) -> pa.Table:

@@ -63,6 +63,11 @@ def plain(path: Path, text: str) -> Path:
             "has no column user_id, timestamp; it has uid, item_id",
         ),
         (
+            lambda d: plain(d / "log.csv", "uid,sku,user_id,timestamp\n1,2,3,4\n"),
+            {"source": "files", "columns": "user_id=userid,item_id=sku"},
+            "--columns names userid for user_id, but log.csv has only uid, sku, user_id, timestamp",
+        ),
+        (
             lambda d: plain(d / "log.csv", "user_id,item_id,timestamp\n1,2,3\n"),
             {"source": "files", "columns": "uid=user_id"},
             "--columns maps uid, but rows of kind feedback have only user_id",
