@@ -37,8 +37,8 @@ Recommendations from a model that keeps learning.
    `delta`, `track` and `score` copied from the answer. Report what the user does with them as actions.
 3. The user's next request sees these events at once; the next training window learns from them.
 
-Ids are signed 64-bit integers, times are microseconds since 1970-01-01 UTC. Errors answer with what is wrong and what
-to do.
+Ids are signed 64-bit integers (JavaScript's numbers round those beyond 2^53), times are microseconds since 1970-01-01
+UTC. Errors answer with what is wrong and what to do.
 """
 _TAGS = [
     {"name": "recommendations", "description": "What to show."},
