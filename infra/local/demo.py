@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from components.errors import BadInput, FreshetError
+from components.ingest import kuairand
+from components.ingest.config import IngestConfig
 from infra.local import up
 from infra.local.kuairand_story import KuaiRandStory
 from infra.local.services import Supervisor
@@ -27,14 +29,22 @@ def main() -> int:
     data: Path | None = parser.parse_args().data
     console = Console(stderr=True, highlight=False)
     try:
-        if data is not None and not data.is_dir():
-            raise BadInput(f"{data} is not a folder; give the folder of KuaiRand-Pure, which holds data/log_*.csv")
+        if data is not None:
+            _require_kuairand(data)
         run(Stack.demo(), console, data)
     except FreshetError as error:
         console.print("[red]the demo failed[/red]")
         console.print(str(error), markup=False, soft_wrap=True)
         return 2 if isinstance(error, BadInput) else 1
     return 0
+
+
+def _require_kuairand(data: Path) -> None:
+    """BadInput when ingest would not find its files, which must be known before anything is emptied or started."""
+    try:
+        kuairand.files(IngestConfig(source="kuairand", path=str(data)))
+    except BadInput as error:
+        raise BadInput(f"{data} is not KuaiRand-Pure; give its folder, which holds data/log_*.csv ({error})") from error
 
 
 def run(stack: Stack, console: Console, data: Path | None) -> None:
