@@ -50,11 +50,11 @@ struct RowLayout {
   FRESHET_INLINE Place place_in(char* const* slabs, Handle handle) const noexcept {
     if ((handle >> shift) != 0) {
       const std::size_t i = handle & ((Handle{1} << shift) - 1);
-      return {slabs[small_slabs + (handle >> shift)] + i / kGroup * group_bytes, i % kGroup};
+      return {slab_at(slabs, small_slabs + (handle >> shift)) + i / kGroup * group_bytes, i % kGroup};
     }
     const unsigned level = handle < kFirstRows ? 0 : 32 - kFirstShift - static_cast<unsigned>(__builtin_clz(handle));
     const std::size_t i = level == 0 ? handle : handle - (kFirstRows << (level - 1));
-    return {slabs[level] + i / kGroup * group_bytes, i % kGroup};
+    return {slab_at(slabs, level) + i / kGroup * group_bytes, i % kGroup};
   }
   // The place n < 32 rows on, if the slab goes on so far.
   FRESHET_INLINE Place after(Place place, std::size_t n) const noexcept {
@@ -71,6 +71,10 @@ struct RowLayout {
   std::size_t slab_bytes(std::size_t slab) const noexcept { return rows_in(slab) / kGroup * group_bytes; }
 
  private:
+  // Atomic, because a reader that knows of no row asks for the address of row 0 (flight.h) while the first slab comes.
+  FRESHET_INLINE static char* slab_at(char* const* slabs, std::size_t i) noexcept {
+    return __atomic_load_n(slabs + i, __ATOMIC_RELAXED);
+  }
   static unsigned choose_shift(std::size_t bytes_per_row) noexcept {
     unsigned shift = kFirstShift;
     while (shift < 16 && (bytes_per_row << shift) < kHugePage) ++shift;
@@ -146,7 +150,8 @@ class RowStore {
     const std::size_t bytes = layout_.slab_bytes(count_);
     void* const slab =
         bytes < kHugePage ? allocate_aligned(bytes, kLinePair) : reclaimer_->regions().allocate(bytes);
-    slabs_.load(std::memory_order_relaxed)[count_++] = static_cast<char*>(slab);  // no reader has its rows' numbers yet
+    // Relaxed: no reader has the number of one of its rows yet.
+    __atomic_store_n(slabs_.load(std::memory_order_relaxed) + count_++, static_cast<char*>(slab), __ATOMIC_RELAXED);
     capacity_ += rows;
     capacity_shown_.store(capacity_, std::memory_order_relaxed);
   }

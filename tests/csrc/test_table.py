@@ -10,7 +10,7 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 PROGRAMS = sorted(path.stem for pattern in ("*_test.cc", "*_stress.cc") for path in (CSRC / "table").glob(pattern))
-CONCURRENT = ["embedding_table_stress", "index_test", "serving_table_stress"]
+CONCURRENT = ["embedding_table_insert_test", "embedding_table_stress", "index_test", "serving_table_stress"]
 """Programs that ThreadSanitizer must have seen, whatever else it has."""
 
 

@@ -1,0 +1,112 @@
+// find_or_insert beside readers and snapshots; run by `make -C csrc test`, `asan` and `tsan`.
+#include <atomic>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "table_test.h"
+
+namespace {
+
+using namespace freshet::testing;
+using freshet::Admission;
+using freshet::Block;
+using freshet::EmbeddingTable;
+using freshet::Missing;
+using freshet::OptimizerKind;
+using freshet::SnapshotScan;
+using freshet::TableConfig;
+
+// In each round the writer makes the first half of that round's ids candidates, gives all of them rows in a batch in
+// which ids come twice, and erases the ids of four rounds before. Every row is a fresh one, so its floats are known.
+class Insertions {
+ public:
+  void write() {
+    for (int round = 0; round < kRounds; ++round) {
+      begun_ = round;
+      const Ids half = ids_from(round * kIds, kIds / 2);
+      train(table_, half, Floats(half.size() * kDim, 0.0F), kHour, 0.1F, 2);
+      Ids batch = ids_from(round * kIds, kIds);
+      batch.insert(batch.end(), half.begin(), half.end());
+      std::shuffle(batch.begin(), batch.end(), std::mt19937_64(static_cast<std::uint64_t>(round)));
+      const Floats rows = find_or_insert(table_, batch, 1 + static_cast<std::size_t>(round) % 3);
+      CHECK(same_bits(rows, lookup(empty_, batch, Missing::kInitial)));
+      finished_ = round;
+      if (round >= kStay) erase(table_, ids_from((round - kStay) * kIds, kIds));
+    }
+    done_ = true;
+  }
+
+  void read() const {
+    std::mt19937_64 random(1);
+    Ids ids(300);
+    while (!done_) {
+      const int after = finished_;
+      for (std::int64_t& id : ids) id = (after + 2) * kIds - 1 - static_cast<std::int64_t>(random() % (6 * kIds));
+      const Floats rows = lookup(table_, ids), fresh = lookup(empty_, ids, Missing::kInitial);
+      const int before = begun_;
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        const float* const row = rows.data() + i * kDim;
+        const bool is_absent = std::count(row, row + kDim, 0.0F) == kDim;
+        const std::int64_t round = ids[i] < 0 ? before + 1 : ids[i] / kIds;
+        CHECK(is_absent ? round > after || round <= before - kStay : std::equal(row, row + kDim, fresh.data() + i * kDim));
+      }
+    }
+  }
+
+  void take_snapshots() {
+    while (!done_) {
+      SnapshotScan scan(table_);
+      std::set<std::int64_t> keys, candidates, rounds, candidates_of;
+      for (Block block; scan.next(&block);) {
+        CHECK(same_bits(block.weights, lookup(empty_, block.keys, Missing::kInitial)));
+        for (const std::int64_t key : block.keys) {
+          CHECK(keys.insert(key).second);
+          rounds.insert(key / kIds);
+        }
+        for (const std::int64_t key : block.candidate_keys) {
+          candidates.insert(key);
+          candidates_of.insert(key / kIds);
+        }
+      }
+      CHECK(keys.size() == scan.rows() && keys.size() == rounds.size() * kIds);
+      CHECK(candidates_of.size() <= 1 && candidates.size() == candidates_of.size() * (kIds / 2));
+      for (const std::int64_t key : candidates) CHECK(keys.count(key) == 0);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kDim = 19;
+  static constexpr std::int64_t kIds = 2100, kStay = 4;
+  static constexpr int kRounds = FRESHET_TSAN ? 20 : kSanitized ? 60 : 300;
+
+  static TableConfig config() {
+    TableConfig config = table_config(OptimizerKind::kSgd, kDim, 2);
+    config.admission = Admission::kThreshold;
+    config.threshold = 1000;
+    return config;
+  }
+
+  EmbeddingTable table_{config()};
+  const EmbeddingTable empty_{config()};
+  std::atomic<int> begun_{-1}, finished_{-1};
+  std::atomic<bool> done_{false};
+};
+
+// From the first row of an empty table on.
+void test_ids_get_their_rows_beside_readers_and_snapshots() {
+  Insertions insertions;
+  std::thread reader([&] { insertions.read(); });
+  std::thread snapshots([&] { insertions.take_snapshots(); });
+  insertions.write();
+  reader.join();
+  snapshots.join();
+}
+
+}  // namespace
+
+int main() {
+  test_ids_get_their_rows_beside_readers_and_snapshots();
+  std::puts("embedding_table_insert_test: all passed");
+  return 0;
+}
