@@ -93,6 +93,32 @@ class Insertions {
   std::atomic<bool> done_{false};
 };
 
+// Lengths about which rows are copied in vectors, and batches about which they are split among threads.
+void test_rows_of_any_length_and_batches_of_any_size_come_whole() {
+  for (const std::size_t dim : {1U, 15U, 16U, 17U, 31U, 33U}) {
+    for (const std::size_t n : {0U, 1U, 2U, 36U, 37U, 64U, 65U, 2047U, 2048U, 8192U}) {
+      for (const std::size_t threads : {0U, 1U, 2U, 3U}) {
+        EmbeddingTable table(table_config(OptimizerKind::kSgd, dim, 8));
+        Ids ids = ids_from(-static_cast<std::int64_t>(n / 3), n / 2);
+        ids.resize(n, kMin);  // half of them one and the same
+        const Floats fresh = lookup(table, ids, Missing::kInitial);
+        CHECK(same_bits(find_or_insert(table, ids, threads), fresh));
+        CHECK(same_bits(find_or_insert(table, ids, threads), fresh));
+        CHECK(table.size() == n / 2 + (n != 0 ? 1 : 0) && same_bits(lookup(table, ids), fresh));
+      }
+    }
+  }
+}
+
+void test_asking_again_takes_no_memory() {
+  EmbeddingTable table(table_config());
+  const Ids ids = ids_from(0, 1000);
+  for (int i = 0; i < 2; ++i) find_or_insert(table, ids);
+  const std::uint64_t bytes = table.stats().overhead_bytes;
+  for (int i = 0; i < 100; ++i) find_or_insert(table, ids);
+  CHECK(table.stats().overhead_bytes == bytes);
+}
+
 // From the first row of an empty table on.
 void test_ids_get_their_rows_beside_readers_and_snapshots() {
   Insertions insertions;
@@ -106,6 +132,8 @@ void test_ids_get_their_rows_beside_readers_and_snapshots() {
 }  // namespace
 
 int main() {
+  test_rows_of_any_length_and_batches_of_any_size_come_whole();
+  test_asking_again_takes_no_memory();
   test_ids_get_their_rows_beside_readers_and_snapshots();
   std::puts("embedding_table_insert_test: all passed");
   return 0;

@@ -141,6 +141,43 @@ void test_a_failed_allocation_leaves_the_table_sound() {
   }
 }
 
+// 62 rows and 9 candidates: the first slab has room for two rows more, and the index for no other id.
+void test_a_batch_that_failed_keeps_no_row() {
+  for (long allocation = 0;; ++allocation) {
+    EmbeddingTable table(config_of(1, Admission::kThreshold));
+    train(table, ids_from(0, 62));
+    train(table, ids_from(0, 62));
+    train(table, ids_from(100, 9));
+    const std::uint64_t bytes = table.stats().row_bytes;
+    bool failed = false;
+    {
+      const FailingMemory memory(allocation, Outage::kOnce);
+      failed = refused<std::bad_alloc>([&] { find_or_insert(table, {100, 200}); });
+    }
+    find_or_insert(table, {100, 200});
+    CHECK(table.size() == 64 && table.stats().row_bytes == bytes);
+    if (!failed) return;
+  }
+}
+
+// 64 candidates, which fill their slab, and 6 rows. The first id of the batch gets a row, the second takes its place among
+// the candidates, and the third needs a larger index.
+void test_a_batch_that_failed_gives_candidates_their_places_back() {
+  for (long allocation = 0;; ++allocation) {
+    EmbeddingTable table(config_of(1, Admission::kThreshold));
+    train(table, ids_from(0, 6));
+    train(table, ids_from(0, 6));
+    train(table, ids_from(100, 64));
+    const Delta before = table.export_all();
+    {
+      const FailingMemory memory(allocation, Outage::kOnce);
+      if (!refused<std::bad_alloc>([&] { train(table, {100, 200, 201}); })) return;
+    }
+    check_sound(table);
+    CHECK(same(table.export_all(), before));
+  }
+}
+
 // Sweeping and eviction wait for better times; what they would have done is done then.
 void test_a_sweep_without_memory_is_postponed() {
   TableConfig config = table_config();
@@ -263,6 +300,8 @@ void test_a_table_that_cannot_be_made_leaks_nothing() {
 
 int main() {
   test_a_failed_allocation_leaves_the_table_sound();
+  test_a_batch_that_failed_keeps_no_row();
+  test_a_batch_that_failed_gives_candidates_their_places_back();
   test_a_sweep_without_memory_is_postponed();
   test_a_reading_call_without_memory_leaves_the_table_alone();
   test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept();

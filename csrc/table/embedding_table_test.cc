@@ -118,6 +118,11 @@ void test_duplicates_are_one_update_of_the_summed_gradient() {
     CHECK(same_bits(many.export_all().state, once.export_all().state));
     CHECK((many.export_all().counts == std::vector<std::uint16_t>{2, 1}));
   }
+  EmbeddingTable many(table_config(OptimizerKind::kSgd, 1)), once(table_config(OptimizerKind::kSgd, 1));
+  for (EmbeddingTable* table : {&many, &once}) upsert(*table, {4}, {-0.0F});
+  train(many, {4, 4}, {-0.0F, -0.0F});  // a sum of which the sign counts
+  train(once, {4}, Floats{-0.0F});
+  CHECK(same_bits(lookup(many, {4}), lookup(once, {4})));
 }
 
 void test_gradients_may_be_shared_and_scaled() {
