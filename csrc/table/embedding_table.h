@@ -204,10 +204,7 @@ class EmbeddingTable {
   std::size_t weight_bytes() const noexcept { return config_.dim * sizeof(float); }
 
   void check_finite(const float* values, std::size_t n, float limit, const char* what) const;
-  std::size_t read(const std::int64_t* ids, std::size_t n, float* out, Missing missing, std::size_t threads,
-                   std::uint8_t* is_absent) const;
-  std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
-                        std::uint8_t* is_absent) const noexcept;
+  std::size_t read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing) const noexcept;
   bool read_row(std::int64_t id, std::uint64_t hash, float* out) const noexcept;
 
   // A writing batch: collect, write the rows that are there, judge the newcomers, carry the verdicts out.

@@ -1,6 +1,8 @@
 // find_or_insert: one way through the index, on which rows that are there are copied and the others made.
 #include <algorithm>
-#include <stdexcept>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 
 #include "../common/parallel.h"
 #include "initializer.h"

@@ -36,8 +36,8 @@ bool EmbeddingTable::read_row(std::int64_t id, std::uint64_t hash, float* out) c
 }
 
 // Each copy is proven by the version of the row's bucket; where a writer was at work meanwhile, the id is searched anew.
-FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
-                                                     std::uint8_t* is_absent) const noexcept {
+FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, std::size_t n, float* out,
+                                                     Missing missing) const noexcept {
   std::size_t absent = 0;
   const std::size_t dim = config_.dim, bytes = weight_bytes();
   const std::unique_ptr<Shard>* const shards = shards_.data();
@@ -53,7 +53,6 @@ FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, st
         }
         if (arrival.handle != kAbsent && read_row(ids[i], hash_id(ids[i]), to)) return;
         ++absent;
-        if (is_absent != nullptr) is_absent[i] = 1;
         read_missing(init_key_, ids[i], config_.init_scale, dim, missing == Missing::kInitial, to);
       });
   return absent;
@@ -61,25 +60,17 @@ FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, st
 
 std::size_t EmbeddingTable::lookup(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
                                    std::size_t threads) const {
-  const std::size_t absent = read(ids, n, out, missing, threads, nullptr);
-  counters_.looked_up.fetch_add(n, std::memory_order_relaxed);
-  counters_.missed.fetch_add(absent, std::memory_order_relaxed);
-  return absent;
-}
-
-// is_absent (nullptr: not wanted) gets 1 for every id that has no row.
-std::size_t EmbeddingTable::read(const std::int64_t* ids, std::size_t n, float* out, Missing missing,
-                                 std::size_t threads, std::uint8_t* is_absent) const {
   std::atomic<std::size_t> absent{0};
   // A task for each thread: nothing is in flight across tasks.
   const std::size_t size = std::max(kTask, (n + threads - 1) / std::max<std::size_t>(threads, 1));
   parallel_for((n + size - 1) / size, threads, [&](std::size_t task) {
     const Reclaimer::Guard guard(reclaimer_);
     const std::size_t at = task * size;
-    absent.fetch_add(read_rows(ids + at, std::min(size, n - at), out + at * config_.dim, missing,
-                               is_absent != nullptr ? is_absent + at : nullptr),
+    absent.fetch_add(read_rows(ids + at, std::min(size, n - at), out + at * config_.dim, missing),
                      std::memory_order_relaxed);
   });
+  counters_.looked_up.fetch_add(n, std::memory_order_relaxed);
+  counters_.missed.fetch_add(absent.load(), std::memory_order_relaxed);
   return absent.load();
 }
 
@@ -90,7 +81,7 @@ std::size_t EmbeddingTable::lookup_pooled(const std::int64_t* ids, std::size_t n
   const std::size_t absent =
       pool_bags(ids, n, offsets, bags, pooling == Pooling::kMean ? BagMean::kYes : BagMean::kNo, config_.dim,
                 kPooled, threads, out, [&](const std::int64_t* block, std::size_t count, float* rows) {
-                  return read_rows(block, count, rows, missing, nullptr);
+                  return read_rows(block, count, rows, missing);
                 });
   counters_.looked_up.fetch_add(n, std::memory_order_relaxed);
   counters_.missed.fetch_add(absent, std::memory_order_relaxed);

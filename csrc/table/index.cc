@@ -97,7 +97,7 @@ void Index::pass(Segment* segment, std::uint32_t b) noexcept {
 }
 
 // Into the first bucket with room from b on. Ends: a segment is never full.
-Index::Place Index::put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept {
+void Index::put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept {
   for (;; b = Span::next(b, kBuckets[segment->size_class])) {
     const std::size_t empty = segment->buckets()[b].slot_of(kAbsent);
     if (empty != Bucket::kSlots) return put(segment, b, empty, entry);
@@ -127,19 +127,18 @@ bool Index::make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexc
 }
 
 // For a key whose home is full.
-Index::Place Index::place_guest(const Span& at, KeyHandle entry) noexcept {
+void Index::place_guest(const Span& at, KeyHandle entry) noexcept {
   Segment* const segment = segment_of(at);
-  Place place{nullptr, 0};
-  const auto put_in = [&](std::uint32_t b) { return [&, b](std::size_t slot) { place = put(segment, b, slot, entry); }; };
+  const auto put_in = [&](std::uint32_t b) { return [&, b](std::size_t slot) { put(segment, b, slot, entry); }; };
   const bool second_is_full = segment->buckets()[at.second].slot_of(kAbsent) == Bucket::kSlots;
-  if (second_is_full && make_room(segment, at.index, put_in(at.index))) return place;
+  if (second_is_full && make_room(segment, at.index, put_in(at.index))) return;
   pass(segment, at.index);
-  if (second_is_full && make_room(segment, at.second, put_in(at.second))) return place;
-  return put_from(segment, at.second, entry);
+  if (second_is_full && make_room(segment, at.second, put_in(at.second))) return;
+  put_from(segment, at.second, entry);
 }
 
-Index::Place Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
-  return insert_at(span(hash), key, hash, handle);
+void Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
+  insert_at(span(hash), key, hash, handle);
 }
 
 // Replaces the segment of a hash, which is full or worn, by one with room. std::bad_alloc: nothing has changed.

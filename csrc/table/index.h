@@ -124,8 +124,8 @@ class Index {
 
   // Adds the handle of an absent key (`at`: the span of its hash). May replace its segment: spans and places in it are
   // then retired. std::bad_alloc: nothing has changed.
-  Place insert(std::int64_t key, std::uint64_t hash, Handle handle);
-  FRESHET_INLINE Place insert_at(const Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
+  void insert(std::int64_t key, std::uint64_t hash, Handle handle);
+  FRESHET_INLINE void insert_at(const Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
     Segment* const segment = segment_of(at);
     if (segment->needs_room()) {
       make_room_for(hash);
@@ -214,17 +214,16 @@ class Index {
   void release(void* memory, std::size_t size) noexcept { reclaimer_->arena().free(memory, size); }
   Directory* make_directory(unsigned shard_bits, unsigned depth);
   Segment* make_segment(std::uint32_t size_class, unsigned depth, std::size_t used);  // used: keys to come
-  static Place put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept {
+  static void put(Segment* segment, std::uint32_t b, std::size_t slot, KeyHandle entry) noexcept {
     Bucket& bucket = segment->buckets()[b];
     const BucketLock lock(bucket);
     bucket.set(slot, entry.key, entry.handle);
-    return {&bucket, slot};
   }
-  static Place put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept;
+  static void put_from(Segment* segment, std::uint32_t b, KeyHandle entry) noexcept;
   static void pass(Segment* segment, std::uint32_t b) noexcept;
   template <typename Fill>
   static bool make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexcept;
-  static Place place_guest(const Span& at, KeyHandle entry) noexcept;
+  static void place_guest(const Span& at, KeyHandle entry) noexcept;
   void make_room_for(std::uint64_t hash);
   void grow(Segment* segment, std::uint64_t hash);
   void list_moving(const Segment* segment) noexcept;

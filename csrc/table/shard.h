@@ -83,12 +83,11 @@ class Shard {
   }
   void untake_row(Handle handle) noexcept { rows_.give_back(handle); }
 
-  // Makes the row stand for its key, which is absent, or (place) a candidate. Returns the bucket.
-  // std::bad_alloc: nothing has changed.
-  Bucket* publish_row(Index::Place place, const Index::Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
+  // Makes the row stand for its key, which is absent, or (place) a candidate. std::bad_alloc: nothing has changed.
+  void publish_row(Index::Place place, const Index::Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
     candidates_.reserve_back(1);
     if (place.bucket == nullptr) {
-      place = index_.insert_at(at, key, hash, handle);
+      index_.insert_at(at, key, hash, handle);
     } else {
       const Handle candidate = place.bucket->at(place.slot);
       {
@@ -98,7 +97,6 @@ class Shard {
       candidates_.give_back(candidate & ~kCandidateBit);
     }
     set_size(size() + 1);
-    return place.bucket;
   }
 
   // Makes the key a candidate with that word; it is absent, or (place) one already. std::bad_alloc: nothing has changed.
