@@ -1,4 +1,4 @@
-// find_or_insert beside readers and snapshots; run by `make -C csrc test`, `asan` and `tsan`.
+// How ids get their rows, beside readers and snapshots too; run by `make -C csrc test`, `asan` and `tsan`.
 #include <atomic>
 #include <random>
 #include <set>
@@ -11,9 +11,13 @@ namespace {
 using namespace freshet::testing;
 using freshet::Admission;
 using freshet::Block;
+using freshet::Bucket;
 using freshet::EmbeddingTable;
+using freshet::Index;
 using freshet::Missing;
 using freshet::OptimizerKind;
+using freshet::Reclaimer;
+using freshet::Shard;
 using freshet::SnapshotScan;
 using freshet::TableConfig;
 
@@ -119,6 +123,45 @@ void test_asking_again_takes_no_memory() {
   CHECK(table.stats().overhead_bytes == bytes);
 }
 
+// A candidate, counted, made a row, taken back, and removed: each under the version of its bucket, on which readers rely,
+// and however often, in the same memory.
+void test_a_key_changes_what_it_stands_for_under_its_version_and_leaves_nothing_behind() {
+  Reclaimer memory;
+  Shard shard(&memory, 0, 3);
+  const std::int64_t key = 5;
+  const std::uint64_t hash = freshet::hash_id(key);
+  const Index::Span at = shard.index().span(hash);
+  std::uint32_t version = 0;
+  const auto place = [&] { return shard.index().locate_from(at, key); };
+  const auto check_changed = [&] {
+    const std::uint32_t control = at.bucket().control.load();
+    CHECK(!Bucket::changing(control) && control / Bucket::kVersion != version);
+    version = control / Bucket::kVersion;
+  };
+  for (int i = 0; i < 200; ++i) {
+    shard.reserve_changes(1, 2);
+    shard.put_candidate({nullptr, 0}, key, hash, 1);
+    check_changed();
+    shard.put_candidate(place(), key, hash, 2);
+    check_changed();
+    shard.publish_row(place(), at, key, hash, shard.take_row().handle);
+    check_changed();
+    CHECK(shard.size() == 1 && shard.candidates() == 0);
+    shard.demote(place(), key, 1);
+    check_changed();
+    CHECK(shard.size() == 0 && shard.candidates() == 1);
+    shard.publish_row(place(), at, key, hash, shard.take_row().handle);
+    check_changed();
+    shard.remove(place(), hash);
+    check_changed();
+    shard.put_candidate({nullptr, 0}, key, hash, 1);
+    check_changed();
+    shard.remove(place(), hash);
+    check_changed();
+  }
+  CHECK(shard.row_capacity() == 64 && shard.candidate_memory_bytes() == 64 * sizeof(freshet::CandidateRecord));
+}
+
 // From the first row of an empty table on.
 void test_ids_get_their_rows_beside_readers_and_snapshots() {
   Insertions insertions;
@@ -132,6 +175,7 @@ void test_ids_get_their_rows_beside_readers_and_snapshots() {
 }  // namespace
 
 int main() {
+  test_a_key_changes_what_it_stands_for_under_its_version_and_leaves_nothing_behind();
   test_rows_of_any_length_and_batches_of_any_size_come_whole();
   test_asking_again_takes_no_memory();
   test_ids_get_their_rows_beside_readers_and_snapshots();

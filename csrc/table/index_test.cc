@@ -2,6 +2,7 @@
 #include "index.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <new>
 #include <random>
@@ -251,6 +252,40 @@ void test_all_but_few_keys_are_in_one_of_two_buckets() {
   }
 }
 
+// Readers believe what they read between two looks at the version of a bucket.
+void test_no_slot_changes_without_the_version_of_its_bucket() {
+  using Slots = std::array<std::pair<std::int64_t, Handle>, Bucket::kSlots>;
+  const auto slots_of = [](const Bucket& bucket) {
+    Slots slots;
+    for (std::size_t i = 0; i < Bucket::kSlots; ++i) slots[i] = {bucket.key[i].load(), bucket.at(i)};
+    return slots;
+  };
+  Fixture map;
+  std::mt19937_64 random(6);
+  std::vector<std::pair<std::uint32_t, Slots>> before;
+  std::size_t moved = 0;  // to its second choice, when another key came
+  for (int i = 0; i < 6000; ++i) {
+    const auto key = static_cast<std::int64_t>(random() % (i < 3000 ? 2400 : 1200));
+    const Index::Span segment = map.index.span(0);
+    before.clear();
+    for (std::uint32_t b = 0; b < segment.buckets; ++b) {
+      before.emplace_back(segment.first[b].control.load(), slots_of(segment.first[b]));
+    }
+    map.expected.count(key) == 0 ? map.insert(key) : map.erase(key);
+    if (map.index.span(0).first != segment.first) continue;  // replaced: nobody has seen its successor before
+    std::size_t changed = 0;
+    for (std::uint32_t b = 0; b < segment.buckets; ++b) {
+      const std::uint32_t control = segment.first[b].control.load();
+      CHECK(!Bucket::changing(control));
+      if (slots_of(segment.first[b]) == before[b].second) continue;
+      CHECK(control / Bucket::kVersion != before[b].first / Bucket::kVersion);
+      ++changed;
+    }
+    moved += changed > 1 ? 1 : 0;
+  }
+  CHECK(moved != 0);
+}
+
 // Guests move while others look: no key may seem absent, and none may be listed twice or not at all.
 void test_readers_find_every_key_while_keys_move() {
   Fixture map;
@@ -273,6 +308,36 @@ void test_readers_find_every_key_while_keys_move() {
   done = true;
   reader.join();
   map.check_all();
+}
+
+// Small indices, one after the other, in which a reader is nearly always in the segment that is replaced.
+void test_a_listing_is_whole_although_its_segment_is_replaced() {
+  constexpr std::size_t kIndices = kSanitized ? 10 : 60, kKeys = 3000;
+  std::vector<std::unique_ptr<Fixture>> maps;
+  for (std::size_t i = 0; i < kIndices; ++i) maps.push_back(std::make_unique<Fixture>());
+  std::atomic<std::size_t> inserted{0};  // in all of them
+  std::thread reader([&] {
+    std::vector<KeyHandle> listed;
+    for (std::size_t before = 0; before < kIndices * kKeys; before = inserted) {
+      const Fixture& map = *maps[before / kKeys];
+      const Reclaimer::Guard guard(*map.memory);
+      listed.clear();
+      for (std::uint64_t at = 0, last = 0; last != ~std::uint64_t{0}; at = last + 1) last = map.index.list_segment(at, &listed);
+      CHECK(listed.size() >= before % kKeys);
+      if (listed.size() > 150) continue;  // telling them apart takes longer than the listing
+      const auto is_less = [](const KeyHandle& a, const KeyHandle& b) { return a.key < b.key; };
+      std::sort(listed.begin(), listed.end(), is_less);
+      const auto is_same = [](const KeyHandle& a, const KeyHandle& b) { return a.key == b.key; };
+      CHECK(std::adjacent_find(listed.begin(), listed.end(), is_same) == listed.end());
+    }
+  });
+  for (const auto& map : maps) {
+    for (std::size_t key = 0; key < kKeys; ++key) {
+      map->insert(static_cast<std::int64_t>(key));
+      ++inserted;
+    }
+  }
+  reader.join();
 }
 
 void test_memory_of_replaced_segments_is_used_again() {
@@ -338,7 +403,9 @@ int main() {
   test_a_search_ends_where_every_bucket_has_lost_count();
   test_searches_stay_short_while_keys_come_and_go();
   test_all_but_few_keys_are_in_one_of_two_buckets();
+  test_no_slot_changes_without_the_version_of_its_bucket();
   test_readers_find_every_key_while_keys_move();
+  test_a_listing_is_whole_although_its_segment_is_replaced();
   test_memory_of_replaced_segments_is_used_again();
   test_churn_needs_no_more_memory();
   test_a_segment_that_a_reader_looks_at_stays_as_it_was();
