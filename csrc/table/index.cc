@@ -113,7 +113,7 @@ bool Index::make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexc
   for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
     const KeyHandle own = {bucket.key[slot].load(std::memory_order_relaxed), bucket.at(slot)};
     const Span at = span_in(segment, kBuckets[segment->size_class], hash_id(own.key));
-    if (at.index != b || at.second == b) continue;
+    if (at.index != b) continue;
     const std::size_t empty = segment->buckets()[at.second].slot_of(kAbsent);
     if (empty == Bucket::kSlots) continue;
     segment->begin_move();
@@ -141,15 +141,6 @@ void Index::insert(std::int64_t key, std::uint64_t hash, Handle handle) {
   insert_at(span(hash), key, hash, handle);
 }
 
-// Replaces the segment of a hash, which is full or worn, by one with room. std::bad_alloc: nothing has changed.
-void Index::make_room_for(std::uint64_t hash) {
-  for (;;) {  // more than once only if all keys of a split fall on one side
-    Segment* const segment = segment_of(entry_at(hash));
-    if (!segment->needs_room()) return;
-    grow(segment, hash);
-  }
-}
-
 void Index::erase(Place place, std::uint64_t hash) noexcept {
   Segment* const segment = segment_of(entry_at(hash));
   for (Span at = span(hash); &at.bucket() != place.bucket; at.step()) {
@@ -171,7 +162,7 @@ std::uint32_t Index::class_for(std::size_t keys) noexcept {
 }
 
 // Replaces a segment that is full, or nearly so, by a larger one or by two; one that is worn alone by its like, in which
-// the counts are right and keys that had to go far are near again.
+// the counts are right and keys that had to go far are near again. std::bad_alloc: nothing has changed.
 void Index::grow(Segment* old, std::uint64_t hash) {
   reclaimer_->reserve();
   const std::uint32_t size_class = old->size_class + (has_room(old->size_class, old->used) ? 0 : 1);

@@ -128,8 +128,8 @@ class Index {
   FRESHET_INLINE void insert_at(const Span& at, std::int64_t key, std::uint64_t hash, Handle handle) {
     Segment* const segment = segment_of(at);
     if (segment->needs_room()) {
-      make_room_for(hash);
-      return insert(key, hash, handle);
+      grow(segment, hash);
+      return insert(key, hash, handle);  // more than once only if all keys of a split fall on one side
     }
     ++segment->used;
     set_size(size() + 1);
@@ -224,7 +224,6 @@ class Index {
   template <typename Fill>
   static bool make_room(Segment* segment, std::uint32_t b, const Fill& fill) noexcept;
   static void place_guest(const Span& at, KeyHandle entry) noexcept;
-  void make_room_for(std::uint64_t hash);
   void grow(Segment* segment, std::uint64_t hash);
   void list_moving(const Segment* segment) noexcept;
   void find_homes(std::uint32_t low, std::uint32_t high, std::uint64_t side) noexcept;
