@@ -13,6 +13,8 @@ using freshet::Delta;
 using freshet::EmbeddingTable;
 using freshet::Missing;
 using freshet::OptimizerKind;
+using freshet::Reclaimer;
+using freshet::Shard;
 using freshet::SnapshotScan;
 using freshet::TableConfig;
 using freshet::WhenFull;
@@ -178,6 +180,21 @@ void test_a_batch_that_failed_gives_candidates_their_places_back() {
   }
 }
 
+// An index of 33 keys is full.
+void test_a_candidate_that_finds_no_memory_keeps_no_record() {
+  Reclaimer reclaimer;
+  Shard shard(&reclaimer, 0, 3);
+  const auto put = [&](std::int64_t key) { shard.put_candidate({nullptr, 0}, key, freshet::hash_id(key), 1); };
+  shard.reserve_changes(1, 64);
+  for (std::int64_t key = 0; key < 33; ++key) put(key);
+  for (int i = 0; i < 100; ++i) {
+    const FailingMemory memory(0, Outage::kForGood);
+    CHECK(refused<std::bad_alloc>([&] { put(33); }));
+  }
+  put(33);
+  CHECK(shard.candidates() == 34 && shard.candidate_memory_bytes() == 64 * sizeof(freshet::CandidateRecord));
+}
+
 // Sweeping and eviction wait for better times; what they would have done is done then.
 void test_a_sweep_without_memory_is_postponed() {
   TableConfig config = table_config();
@@ -302,6 +319,7 @@ int main() {
   test_a_failed_allocation_leaves_the_table_sound();
   test_a_batch_that_failed_keeps_no_row();
   test_a_batch_that_failed_gives_candidates_their_places_back();
+  test_a_candidate_that_finds_no_memory_keeps_no_record();
   test_a_sweep_without_memory_is_postponed();
   test_a_reading_call_without_memory_leaves_the_table_alone();
   test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept();
