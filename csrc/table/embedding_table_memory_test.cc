@@ -13,8 +13,6 @@ using freshet::Delta;
 using freshet::EmbeddingTable;
 using freshet::Missing;
 using freshet::OptimizerKind;
-using freshet::Reclaimer;
-using freshet::Shard;
 using freshet::SnapshotScan;
 using freshet::TableConfig;
 using freshet::WhenFull;
@@ -143,58 +141,6 @@ void test_a_failed_allocation_leaves_the_table_sound() {
   }
 }
 
-// 62 rows and 9 candidates: the first slab has room for two rows more, and the index for no other id.
-void test_a_batch_that_failed_keeps_no_row() {
-  for (long allocation = 0;; ++allocation) {
-    EmbeddingTable table(config_of(1, Admission::kThreshold));
-    train(table, ids_from(0, 62));
-    train(table, ids_from(0, 62));
-    train(table, ids_from(100, 9));
-    const std::uint64_t bytes = table.stats().row_bytes;
-    bool failed = false;
-    {
-      const FailingMemory memory(allocation, Outage::kOnce);
-      failed = refused<std::bad_alloc>([&] { find_or_insert(table, {100, 200}); });
-    }
-    find_or_insert(table, {100, 200});
-    CHECK(table.size() == 64 && table.stats().row_bytes == bytes);
-    if (!failed) return;
-  }
-}
-
-// 64 candidates, which fill their slab, and 6 rows. The first id of the batch gets a row, the second takes its place among
-// the candidates, and the third needs a larger index.
-void test_a_batch_that_failed_gives_candidates_their_places_back() {
-  for (long allocation = 0;; ++allocation) {
-    EmbeddingTable table(config_of(1, Admission::kThreshold));
-    train(table, ids_from(0, 6));
-    train(table, ids_from(0, 6));
-    train(table, ids_from(100, 64));
-    const Delta before = table.export_all();
-    {
-      const FailingMemory memory(allocation, Outage::kOnce);
-      if (!refused<std::bad_alloc>([&] { train(table, {100, 200, 201}); })) return;
-    }
-    check_sound(table);
-    CHECK(same(table.export_all(), before));
-  }
-}
-
-// An index of 33 keys is full.
-void test_a_candidate_that_finds_no_memory_keeps_no_record() {
-  Reclaimer reclaimer;
-  Shard shard(&reclaimer, 0, 3);
-  const auto put = [&](std::int64_t key) { shard.put_candidate({nullptr, 0}, key, freshet::hash_id(key), 1); };
-  shard.reserve_changes(1, 64);
-  for (std::int64_t key = 0; key < 33; ++key) put(key);
-  for (int i = 0; i < 100; ++i) {
-    const FailingMemory memory(0, Outage::kForGood);
-    CHECK(refused<std::bad_alloc>([&] { put(33); }));
-  }
-  put(33);
-  CHECK(shard.candidates() == 34 && shard.candidate_memory_bytes() == 64 * sizeof(freshet::CandidateRecord));
-}
-
 // Sweeping and eviction wait for better times; what they would have done is done then.
 void test_a_sweep_without_memory_is_postponed() {
   TableConfig config = table_config();
@@ -317,9 +263,6 @@ void test_a_table_that_cannot_be_made_leaks_nothing() {
 
 int main() {
   test_a_failed_allocation_leaves_the_table_sound();
-  test_a_batch_that_failed_keeps_no_row();
-  test_a_batch_that_failed_gives_candidates_their_places_back();
-  test_a_candidate_that_finds_no_memory_keeps_no_record();
   test_a_sweep_without_memory_is_postponed();
   test_a_reading_call_without_memory_leaves_the_table_alone();
   test_a_snapshot_is_given_up_when_old_rows_cannot_be_kept();
