@@ -38,6 +38,7 @@ const Ids kBatch = [] {
   for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int64_t>(i * 7 % 2500) - 7;
   return ids;
 }();
+const Ids kRead = ids_from(5000, 20);
 const Floats kValues(9000, 0.25F);
 const std::vector<std::uint32_t> kWords(3000, 1);
 
@@ -49,19 +50,21 @@ TableConfig config_of(unsigned shards, Admission admission) {
 }
 
 void fill(EmbeddingTable& table) {
-  train(table, ids_from(-7, 20), kHour);
-  train(table, ids_from(-7, 20), kHour);
+  for (int i = 0; i < 2; ++i) {
+    train(table, ids_from(-7, 20), kHour);
+    train(table, kRead, kHour);
+  }
   train(table, ids_from(40, 10), kHour);
   table.advance_epoch();
 }
 
-// The rows that are there are read an hour after the batch.
+// Rows of ids that are not in the batch are read an hour after it.
 void train_and_read(EmbeddingTable& table, std::size_t threads) {
-  const Ids reads = ids_from(-7, 20), times(20, 3 * kHour);
+  const Ids times(kRead.size(), 3 * kHour);
   EmbeddingTable::Gradients gradients{kValues.data(), kBatch.size()};
-  gradients.read_ids = reads.data();
+  gradients.read_ids = kRead.data();
   gradients.read_us = times.data();
-  gradients.reads = reads.size();
+  gradients.reads = kRead.size();
   table.apply_gradients(kBatch.data(), kBatch.size(), gradients, 0.1F, 2 * kHour, threads);
 }
 
