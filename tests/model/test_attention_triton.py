@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +19,19 @@ from components.errors import BadInput, FreshetError
 from model.attention import TIME_BUCKETS, Bias, Visibility, attention, causal, time_bucket
 from model.attention_bias import TIME_BOUNDARIES
 from model.experiments import bench_attention_cuda as bench
-from tests.model.attention_cases import Case, cases, random_case
+from tests.model import attention_cases
+from tests.model.attention_cases import Case, assert_same_bits, cases, random_case
 from tests.model.triton_kernel import (
     FEW,
     HAS_DEVICE,
     NEEDS_TRITON,
+    TOLERANCE,
     assert_equals_reference,
     device,
     fits,
     kernel,
     on,
+    run,
 )
 
 __all__ = ["device"]
@@ -49,6 +55,38 @@ def test_result_and_gradients_equal_the_reference(
 ) -> None:
     case = random_case([5, 0, 100, 66], [5, 0, 40, 66], 2, *widths, seed=1, dtype=dtype, **options)
     assert_equals_reference(case, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(256, 20), (130, 256)])
+def test_the_widest_heads_equal_the_reference(
+    widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_equals_reference(random_case([40, 3], None, 1, *widths, seed=6, dtype=dtype, prefix=True), device)
+
+
+def test_rows_that_are_scanned_in_parts_equal_the_reference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel of keys looks for the rows that see its keys: those of a long sequence in several steps."""
+    monkeypatch.setattr("model.triton.launch.SCAN", 16)
+    for window in (0, 5):
+        assert_equals_reference(random_case([100, 30], [70, 30], 1, 8, 8, seed=7, window=window), device)
+
+
+def test_rows_that_see_a_prefix_alone_equal_the_reference(device: torch.device) -> None:
+    case = random_case([70, 5], [40, 5], 1, 8, 8, seed=9, prefix=True)
+    case.seen = replace(case.seen, begin=case.seen.end)
+    assert_equals_reference(case, device)
+
+
+def test_a_visibility_serves_both_types_whose_tiles_differ(device: torch.device) -> None:
+    cases = [random_case([70, 33], None, 1, 8, 8, seed=8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seen = cases[0].seen.to(device)
+    for case in cases:
+        moved = on(case, device)
+        moved.seen = seen
+        attention_cases.assert_equals_reference(case, [x.cpu() for x in moved.run(kernel)], TOLERANCE)
 
 
 @FEW
@@ -119,6 +157,20 @@ def test_rows_of_a_slice_are_read_in_place_and_equal_their_copy(device: torch.de
     assert torch.equal(mixed.grad, torch.cat([x.grad.flatten(1) for x in copies if x.grad is not None], 1))
 
 
+def test_intervals_times_and_weights_may_be_columns_of_a_matrix(device: torch.device) -> None:
+    case = random_case([40, 30], [20, 30], 2, 8, 8, seed=3, prefix=True)
+
+    def column(x: Any) -> Any:
+        return torch.stack([x, x + 1], 1)[:, 0] if isinstance(x, torch.Tensor) and x.dim() == 1 else x
+
+    strided = copy(case)
+    strided.seen = Visibility(**{f.name: column(getattr(case.seen, f.name)) for f in fields(Visibility) if f.init})
+    for name in ("query_time", "key_time", "self_gap"):
+        setattr(strided, name, column(getattr(case, name)))
+    assert not (strided.seen.end.is_contiguous() or strided.key_time.is_contiguous())
+    assert_same_bits(run(strided, device), run(case, device))
+
+
 @pytest.mark.parametrize(("position", "time"), [(False, False), (True, True)])
 def test_the_operator_is_registered_as_torch_expects(position: bool, time: bool, device: torch.device) -> None:
     from model.attention_triton import hstu_attention_triton
@@ -142,12 +194,14 @@ def test_the_operator_is_registered_as_torch_expects(position: bool, time: bool,
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=8), st.sampled_from([16, 64]), st.booleans())
 @NEEDS_TRITON
-def test_the_tiles_cover_each_row_once(lengths: list[int], block: int, later: bool) -> None:
+def test_the_tiles_cover_each_row_once_the_heaviest_first(lengths: list[int], block: int, later: bool) -> None:
     from model.triton.launch import NO_TILE, tiles
 
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     found = [x for x in tiles(offsets, sum(lengths), block, later_is_heavier=later).tolist() if x[1] < NO_TILE]
     assert sorted(found) == [[i, at] for i, length in enumerate(lengths) for at in range(0, length, block)]
+    work = [at if later else lengths[i] - at for i, at in found]
+    assert work == sorted(work, reverse=True)
 
 
 @NEEDS_TRITON
