@@ -47,6 +47,13 @@ def user(user_id: int, count: int, seed: int = 0, *, items: int = 40, new_from: 
     return UserEvents(user_id=user_id, new_from=new_from, **typed)
 
 
+def shown_alone(events: UserEvents) -> UserEvents:
+    """Without action events and auxiliary values: each token is an impression."""
+    kept = {name: getattr(events, name) for name in vars(events) if name in EVENT_DTYPES}
+    none = {name: kept[name][:0] for name in kept if name.startswith(("action_", "aux_"))}
+    return UserEvents(user_id=events.user_id, new_from=events.new_from, **kept | none)
+
+
 def table(users: list[UserEvents]) -> pa.Table:
     """Users as rows of a sequence table."""
     columns = {"user_id": pa.array([u.user_id for u in users], pa.int64())}

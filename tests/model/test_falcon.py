@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from components.errors import BadInput
+from components.schemas import action_bit
 from model import falcon
 from model.attention import Visibility
+from model.catalogue import ItemCatalogue
 from model.dataset import SequenceDataset
 from model.falcon import KeyValues, Rows
 from model.hstu import Hstu, HstuConfig
@@ -22,7 +24,7 @@ from model.ranker import Ranker, RankerConfig, ScoreCache
 from model.scoring import score_tokens
 from model.serving_table import serving_copy
 from model.trainer import Trainer
-from tests.model.make import SECOND, START, catalogue, table, user
+from tests.model.make import SECOND, START, catalogue, shown_alone, table, user
 
 NOW = START + 10**13
 IDS = np.arange(1, 31)
@@ -138,9 +140,11 @@ def test_a_cache_kept_between_requests_changes_no_score(counts: list[int], seed:
         np.testing.assert_allclose(model.score(history, IDS[:5], now, cache=cache), expected, atol=1e-6)
 
 
-def test_a_cache_knows_nothing_of_interactions_that_the_history_has_lost() -> None:
+@pytest.mark.parametrize("window", [4, 30])
+def test_a_cache_knows_nothing_of_interactions_that_the_history_has_lost(window: int) -> None:
     """A bounded history forgets its oldest interactions though the layers still reach as far."""
-    model, events = small(layers=3, window=30), user(4, 12, 2)
+    model, events = small(layers=3, window=window, normaliser=2.0), user(4, 12, 2)
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
     for dropped in range(1, 10):
         cache, rest = ScoreCache(), events.take(np.arange(dropped, 12), 0)
         model.score(events, IDS, NOW, cache=cache)
@@ -148,6 +152,19 @@ def test_a_cache_knows_nothing_of_interactions_that_the_history_has_lost() -> No
             expected = model.score_plain(rest, IDS, now)
             np.testing.assert_allclose(model.score(rest, IDS, now, cache=cache), expected, atol=1e-6)
         assert cache.added == 0
+
+
+def test_a_cache_knows_nothing_of_lost_interactions_that_one_known_late_looks_back_on() -> None:
+    """Interaction 25 stands near the end, and sees 21 to 24, of which the lost ones were seen."""
+    model, cache = small(layers=3, window=4, normaliser=2.0), ScoreCache()
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+    time = START + np.arange(40) * 600 * SECOND
+    known = np.where(np.arange(40) == 25, time[-1] - SECOND, time)
+    events = dataclasses.replace(shown_alone(user(4, 40, 2)), timestamp=time, known_at=known)
+    rest = events.take(np.arange(20, 40), 0)
+    expected = model.score_plain(rest, IDS, NOW)
+    model.score(events, IDS, NOW, cache=cache)
+    np.testing.assert_allclose(model.score(rest, IDS, NOW, cache=cache), expected, atol=1e-6)
 
 
 MODELS: dict[str, Ranker] = {}
@@ -172,6 +189,9 @@ def test_a_cache_made_with_other_parameters_is_not_used() -> None:
     model.score(history, IDS, NOW, cache=cache)
     for change in (
         lambda: model.tables()["item"].upsert(history.item_id[-1:], np.full((1, 8), 3.0, np.float32)),
+        lambda: model.tables()["item"].apply_gradients(history.item_id[-1:], np.ones((1, 8), np.float32)),
+        lambda: model.tables()["item"].erase(history.item_id[-1:]),
+        lambda: model.tables()["item"].expire(2 * NOW),
         lambda: model.load_state_dict({name: value + 0.1 for name, value in model.state_dict().items()}),
         lambda: model.load_state_dict({n: value + 0.1 for n, value in model.state_dict().items()}, assign=True),
         lambda: model.load_state_dict({n: value + 0.1 for n, value in model.state_dict().items()}, assign=True),
@@ -190,6 +210,52 @@ def test_a_cache_made_by_another_model_is_not_used() -> None:
     one.score(history, IDS, NOW, cache=cache)
     np.testing.assert_array_equal(other.score(history, IDS, NOW, cache=cache), other.score(history, IDS, NOW))
     assert cache.reused == 0 and cache.added > 0
+
+
+@pytest.mark.parametrize(
+    "field", ["user_id", "item_id", "page", "timestamp", "known_at", "action_mask", "action_value", "action_known_at"]
+)
+def test_a_cache_made_for_a_history_that_differs_in_one_thing_is_not_used(field: str) -> None:
+    """What is late at the source, or corrected there, may change what was read before."""
+    model, cache = small(slots="item,page,user", layers=1), ScoreCache()
+    events = user(4, 12, 2)
+    events.known_at = events.timestamp + 7 * SECOND
+    events.action_mask[-1], events.action_value[-1] = action_bit("watch"), 9.5
+    other = dataclasses.replace(events, user_id=events.user_id + (field == "user_id"))
+    if field != "user_id":
+        setattr(other, field, changed := getattr(events, field).copy())
+        changed[-1] += {"action_mask": action_bit("click"), "action_value": 80}.get(field, SECOND)
+    model.score(events, IDS, NOW, cache=cache)
+    np.testing.assert_allclose(model.score(other, IDS, NOW, cache=cache), model.score_plain(other, IDS, NOW), atol=1e-6)
+    assert cache.reused == 0
+
+
+@pytest.mark.parametrize("change", [(3, 0, 0), (0, 3, 0), (0, 0, 90)], ids=["author", "category", "duration"])
+def test_a_cache_made_with_another_catalogue_is_not_used(change: tuple[int, int, int]) -> None:
+    def items(author: int, category: int, seconds: int) -> ItemCatalogue:
+        ids = np.arange(1, 41)
+        return ItemCatalogue(ids, ids % 7 + author, ids % 4 + category, (ids + seconds).astype(np.float32))
+
+    model, events, cache = small(), user(4, 12, 2), ScoreCache()
+    for changes in ((0, 0, 0), change):
+        model.catalogue = items(*changes)
+        expected = model.score_plain(events, IDS, NOW)
+        np.testing.assert_allclose(model.score(events, IDS, NOW, cache=cache), expected, atol=1e-6)
+        assert cache.reused == 0
+
+
+def test_a_cache_made_for_another_page_is_not_used_where_the_page_is_context() -> None:
+    model, history, cache = small(examples="request", context="page", positions=8), user(4, 12, 2), ScoreCache()
+    for page in (1, 2):
+        expected = model.score_plain(history, IDS, NOW, page)
+        np.testing.assert_allclose(model.score(history, IDS, NOW, page, cache=cache), expected, atol=1e-6)
+        assert cache.reused == 0
+
+
+def test_what_is_scored_over_a_cache_stands_at_the_end() -> None:
+    model = small()
+    with pytest.raises(BadInput, match="candidates at the end"):
+        score_tokens(model, model.tokens([user(1, 3)]), ScoreCache())
 
 
 def test_the_tokens_of_several_users_cannot_share_a_cache() -> None:
