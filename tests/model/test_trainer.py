@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -214,6 +213,27 @@ def test_continual_training_goes_on_from_a_restored_state() -> None:
     assert same(first.export_state(), restored.export_state())
 
 
+def test_a_state_stays_as_it_was_while_training_goes_on() -> None:
+    trainer, other = Trainer(ranker()), Trainer(ranker())
+    trainer.fit(liking(10))
+    state = trainer.export_state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    other.load_state(state)
+    for each in (trainer, other):
+        each.fit(liking(10))
+    assert same(state, before)
+
+
+def test_a_trainer_whose_tables_are_empty_can_be_set_back() -> None:
+    trainer = Trainer(ranker(slots="", bias_slots=""))
+    start = trainer.export_state()
+    trainer.fit(liking())
+    once = trainer.export_state()
+    trainer.load_state(start)
+    trainer.fit(liking())
+    assert same(trainer.export_state(), once)
+
+
 def test_continual_training_is_one_pass_over_every_new_interaction() -> None:
     window = SequenceDataset(table([user(i, 6, 2, new_from=i % 7) for i in range(40)]))
     assert Trainer(ranker(epochs=5)).fit(window, continual=True)["targets"] == window.targets() < 240
@@ -262,6 +282,17 @@ def test_measuring_between_steps_changes_nothing_of_what_is_learned(make: Make) 
     assert same(undisturbed.export_state(), measured.export_state())
 
 
+def test_what_a_step_left_in_the_mode_of_inference_is_trained_all_the_same() -> None:
+    undisturbed, asked = Trainer(ranker()), Trainer(ranker())
+
+    def ask(_: Step) -> None:
+        asked.model.eval()
+
+    undisturbed.fit(liking())
+    asked.fit(liking(), on_step=ask)
+    assert same(undisturbed.export_state(), asked.export_state())
+
+
 def without_positives(users: list[UserEvents]) -> list[UserEvents]:
     return [dataclasses.replace(u, actions=np.zeros_like(u.actions)) for u in users]
 
@@ -286,6 +317,26 @@ def test_the_mean_loss_is_that_of_the_targets_whatever_other_batches_there_are()
     learned = [(step.loss, step.targets) for step in steps if step.targets]
     assert 0 < len(learned) < len(steps)
     assert result["loss"] == pytest.approx(sum(loss * n for loss, n in learned) / result["targets"])
+
+
+def test_the_mean_loss_is_that_of_the_last_epoch() -> None:
+    steps = list[Step]()
+    result = Trainer(ranker(epochs=3)).fit(liking(), on_step=steps.append)
+    last = [step for step in steps if step.epoch == 2]
+    assert 1 < len(last) < len(steps)
+    assert result["loss"] == pytest.approx(sum(s.loss * s.targets for s in last) / sum(s.targets for s in last))
+
+
+def test_weight_decay_draws_dense_parameters_towards_zero_and_no_row() -> None:
+    one_step = {"epochs": 1, "batch_tokens": 10_000, "warmup": 0.0, "dense_lr": 0.01}
+    plain, decayed = Trainer(ranker(**one_step)), Trainer(ranker(**one_step, weight_decay=0.5))
+    start = plain.dense()
+    for trainer in (plain, decayed):
+        assert trainer.fit(liking(10))["steps"] == 1
+    for name, value in decayed.dense().items():
+        torch.testing.assert_close(value, plain.dense()[name] - 0.01 * 0.5 * start[name], msg=name)
+    states = [{n: v for n, v in t.export_state().items() if n.startswith("tables/")} for t in (plain, decayed)]
+    assert same(*states)
 
 
 def test_a_seed_that_training_cannot_take_is_refused_before_it() -> None:
@@ -350,38 +401,6 @@ def test_a_state_of_another_shape_is_refused() -> None:
 def test_nothing_to_evaluate_is_said() -> None:
     with pytest.raises(BadInput, match="nothing to evaluate"):
         Trainer(ranker()).evaluate(SequenceDataset(table([user(1, 4, new_from=4)])))
-
-
-def test_an_epoch_has_every_user_once_within_the_token_budget() -> None:
-    dataset = SequenceDataset(table([user(i, i % 30 + 1, 3) for i in range(100)]))
-    tokens = dataset.tokens()
-    for batches in (dataset.shuffled(150, 1, 0), dataset.in_event_order(150)):
-        assert sorted(np.concatenate(batches).tolist()) == list(range(100))
-        assert all(tokens[b].sum() <= 150 or len(b) == 1 for b in batches)
-    one, same_again, other = (dataset.shuffled(150, 1, e) for e in (0, 0, 1))
-    assert all(np.array_equal(a, b) for a, b in zip(one, same_again, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=False))
-    firsts = [dataset.first_new()[b] for b in dataset.in_event_order(150)]
-    assert (np.diff(np.concatenate(firsts)) >= 0).all()
-
-
-def test_sequences_come_back_from_parquet_as_they_were(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    users = [user(1, 5, 1, new_from=2), user(2, 0, 1), user(3, 7, 1)]
-    pq.write_table(table(users[:2]), tmp_path / "part-0.parquet")
-    pq.write_table(table(users[2:]), tmp_path / "part-1.parquet")
-    dataset = SequenceDataset(pa.concat_tables(pq.read_table(tmp_path / f"part-{n}.parquet") for n in (0, 1)))
-    assert len(dataset) == 3 and dataset.targets() == 10 and len(dataset.is_new()) == 12
-    for index, events in enumerate(users):
-        for name, value in vars(events).items():
-            np.testing.assert_array_equal(getattr(dataset[index], name), value, err_msg=name)
-
-
-def test_sequences_with_missing_columns_are_refused() -> None:
-    with pytest.raises(BadInput, match=r"lack the columns action_mask; build them with components\.sequences"):
-        SequenceDataset(table([user(1, 2)]).drop_columns(["action_mask"]))
 
 
 @pytest.mark.gpu
