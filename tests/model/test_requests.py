@@ -14,7 +14,7 @@ from model.ranker import Ranker, RankerConfig
 from model.requests import RequestDataset
 from model.retriever import Retriever, RetrieverConfig
 from model.trainer import Trainer
-from tests.model.make import SECOND, catalogue, table, user
+from tests.model.make import SECOND, START, catalogue, shown_alone, table, user
 
 SMALL = {
     "variant": "production", "dim": 8, "head_dim": 4, "window": 7, "init_scale": 0.3, "batch_tokens": 200,
@@ -54,6 +54,22 @@ def test_batches_of_requests_stay_within_the_token_budget() -> None:
     for batch in rows.shuffled(200, 0, 0) + rows.in_event_order(200):
         size = len(model.tokens(rows.users(batch)))
         assert size - 2 * len(batch) <= 200 or len(batch) == 1, "context tokens come on top"
+
+
+def test_requests_for_more_items_than_stochastic_length_keeps_stay_within_the_token_budget() -> None:
+    model = Ranker(
+        RankerConfig(**(SMALL | {"context": "", "batch_tokens": 100, "epochs": 1}), heads="click", max_interactions=40,
+                     stochastic_alpha=1.2), catalogue()
+    )  # fmt: skip
+    time = START + np.minimum(np.arange(60), 40) * 600 * SECOND  # the last twenty are shown at once
+    people = [
+        dataclasses.replace(shown_alone(user(i, 60, 1, new_from=40)), timestamp=time, known_at=time, page=0 * time)
+        for i in range(20)
+    ]
+    data = SequenceDataset(table(people))
+    read: list[int] = []
+    Trainer(model).fit(data, on_step=lambda step: read.append(step.tokens))
+    assert np.mean(read) > 50 and max(read) <= 100
 
 
 def test_generative_sampling_emits_each_request_of_n_with_probability_1_over_n() -> None:

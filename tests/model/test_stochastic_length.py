@@ -46,6 +46,20 @@ def test_without_the_chance_of_the_full_sequence_the_table_cannot_be_met(counts:
     assert 100 * (1 - short.mean() / 1024) - SPARSITY[1024][3] > 10
 
 
+@pytest.mark.parametrize(
+    ("limit", "alpha", "short"), [(100, 2.0, 100), (1000, 1.5, 177), (32, 1.2, 8), (1024, 1.4, 128), (2, 1.1, 1)]
+)
+def test_the_short_length_is_the_whole_part_of_its_power(limit: int, alpha: float, short: int) -> None:
+    """Also where the power is a whole number that a float misses by its last bits."""
+    assert StochasticLength(limit, alpha).short == short
+
+
+def test_only_what_is_longer_than_the_short_length_is_chance() -> None:
+    counts = np.array([15, 16, 100, 500])
+    assert StochasticLength(100, 1.2).shortens(counts).tolist() == [False, True, True, True]
+    assert not StochasticLength(100, 2.0).shortens(counts).any(), "the newest 100, in each epoch"
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 9000), st.sampled_from([64, 1024, 8192]), st.sampled_from(ALPHAS), st.integers(0, 9))
 def test_a_length_is_the_full_one_or_the_short_one_of_equation_4(
@@ -54,7 +68,6 @@ def test_a_length_is_the_full_one_or_the_short_one_of_equation_4(
     rule = StochasticLength(limit, alpha)
     kept = int(rule.lengths(np.array([count]), np.array([7]), epoch)[0])
     full = min(count, limit)
-    assert rule.short == int(limit ** (alpha / 2) + 1e-9)
     assert kept in (full, rule.short) if full > rule.short else kept == full
 
 
@@ -102,6 +115,14 @@ def test_what_is_to_be_learned_is_never_dropped_when_it_must_be_kept(count: int,
     new = len(events) - events.new_from
     np.testing.assert_array_equal(cut.item_id[cut.new_from :], events.item_id[events.new_from :])
     assert len(cut) <= max(20, new)
+
+
+def test_context_is_chosen_from_what_the_limit_leaves_beside_the_new_interactions() -> None:
+    events, rule = user(5, 60, 2, new_from=50), StochasticLength(20, 1.5, "uniform")
+    events.item_id = np.arange(60)
+    kept = [rule.cut(events, epoch, keep_new=True).item_id.tolist() for epoch in range(20)]
+    assert {len(ids) for ids in kept} == {10, 20}
+    assert all(ids == list(range(60 - len(ids), 60)) for ids in kept)
 
 
 def test_the_draw_depends_on_the_user_and_the_epoch_and_on_nothing_else() -> None:
