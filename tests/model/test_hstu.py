@@ -100,8 +100,9 @@ def test_the_production_flavour_trains_every_parameter() -> None:
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
 
 
+@pytest.mark.parametrize("gaps", [False, True], ids=["no gap to itself", "gaps to themselves"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_the_last_rows_alone_are_those_of_the_whole_and_so_are_the_gradients(layers: int) -> None:
+def test_the_last_rows_alone_are_those_of_the_whole_and_so_are_the_gradients(layers: int, gaps: bool) -> None:
     torch.manual_seed(0)
     stack = Hstu(HstuConfig(dim=6, layers=layers, heads=2, dqk=3, dv=5, positions=4, dropout=0.0)).double()
     lengths, counts = torch.tensor([4, 0, 7, 2]), torch.tensor([1, 0, 3, 2])
@@ -111,7 +112,7 @@ def test_the_last_rows_alone_are_those_of_the_whole_and_so_are_the_gradients(lay
     for last in (None, counts):
         x = torch.linspace(-1, 1, 13 * 6, dtype=torch.float64).view(13, 6).sin().requires_grad_()
         stack.zero_grad()
-        y = stack(x, seen, times, times, last=last)
+        y = stack(x, seen, times, times, 70 * torch.arange(13) if gaps else None, last=last)
         y = y[keep] if last is None else y
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in stack.parameters())])

@@ -71,6 +71,52 @@ def test_simultaneous_actions_on_one_impression_are_one_token() -> None:
     assert bool((tokens.value[acted] > 0).all()), "the watch time survives a click without a value"
 
 
+def test_tokens_of_one_moment_are_impressions_then_actions_then_auxiliary_values() -> None:
+    events = user(3, 12, seed=5)
+    moment = int(events.timestamp[-1])
+    late = dataclasses.replace(
+        events, known_at=np.full(12, moment), request_id=events.request_id[::-1].copy(), item_id=np.arange(1, 13),
+        action_known_at=np.full_like(events.action_known_at, moment), aux_known_at=np.array([moment]),
+    )  # fmt: skip
+    tokens = build([late], use_aux=True)
+    assert len(set(tokens.key_time.tolist())) == 1
+    kinds = tokens.kind.tolist()
+    assert kinds == sorted(kinds) and set(kinds) == {IMPRESSION, ACTION, AUX}
+    for kind in (IMPRESSION, ACTION):
+        requests = late.request_id[tokens.item[tokens.kind == kind].numpy() - 1].tolist()
+        assert len(requests) > 1 and requests == sorted(requests)
+
+
+@pytest.mark.parametrize(
+    ("action", "value", "bucket"),
+    [
+        ("watch", 0, 0), ("watch", np.nan, 0), ("watch", -3, 0), ("watch", 0.5, 2), ("watch", 1, 3), ("watch", 30, 10),
+        ("watch", 1e9, 31), ("watch", np.inf, 31), ("rating", np.nan, 32), ("rating", -1, 32), ("rating", 0.5, 33),
+        ("rating", 4.5, 41), ("rating", 5, 42), ("rating", 1e9, 62), ("rating", np.inf, 62), ("click", 30, 0),
+    ],
+)  # fmt: skip
+def test_the_value_of_an_action_has_a_bucket(action: str, value: float, bucket: int) -> None:
+    events = user(3, 1, seed=5)
+    acted = dataclasses.replace(
+        events, action_of=np.zeros(1, np.int32), action_known_at=events.timestamp + SECOND,
+        action_mask=np.array([action_bit(action)], np.int32), action_value=np.array([value], np.float32),
+    )  # fmt: skip
+    tokens = build([acted])
+    assert tokens.value[tokens.kind == ACTION].tolist() == [bucket]
+
+
+def test_new_are_the_interactions_and_auxiliary_values_from_new_from_on_at_their_own_times() -> None:
+    events = user(10, 6, 1, new_from=3)
+    events.timestamp = events.known_at = START + np.arange(6) * 600 * SECOND
+    late = dataclasses.replace(
+        events, known_at=events.timestamp + 30 * SECOND, aux_slot=np.zeros(3, np.int32), aux_value=np.arange(3),
+        aux_known_at=events.timestamp[[2, 3, 5]],
+    )  # fmt: skip
+    tokens = build([late], use_aux=True)
+    for kind, expected in ((IMPRESSION, [-1, -1, -1, *events.timestamp[3:]]), (AUX, [-1, *events.timestamp[[3, 5]]])):
+        assert tokens.event_us[tokens.kind == kind].tolist() == expected
+
+
 def test_the_order_of_action_events_in_the_row_does_not_matter() -> None:
     events = user(4, 12, seed=2)
     turned = {name: getattr(events, name)[::-1] for name in vars(events) if name.startswith("action_")}
@@ -157,6 +203,15 @@ def test_side_features_come_from_the_catalogue_and_unknown_items_have_none() -> 
     assert known.item_id.tolist() == [-9, 3, 5]
     assert known.features(np.array([5, 4, -9])).tolist() == [[15, 25, 10], [0, 0, 0], [1, 11, 0]]
     assert ItemCatalogue.empty().features(np.array([1, 2])).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_a_token_without_an_item_has_no_side_features_though_an_item_has_the_id_0() -> None:
+    zero = ItemCatalogue(np.array([0]), np.array([5]), np.array([6]), np.array([7], np.float32))
+    ask = Queries.requests(np.array([START + 10**12]), np.array([1]))
+    tokens = build_tokens([user(1, 3)], [ask], window=5, catalogue=zero, use_aux=True)
+    for kind in (AUX, REQUEST):
+        of = tokens.kind == kind
+        assert bool(of.any()) and not bool((tokens.author[of] | tokens.category[of] | tokens.duration[of]).any())
 
 
 @settings(max_examples=30, deadline=None)

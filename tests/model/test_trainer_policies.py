@@ -50,9 +50,10 @@ def days_of(slot: EmbeddingTable) -> dict[int, int]:
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_pretrained_row_is_as_old_as_the_last_event_of_its_id(epochs: int) -> None:
     users = [later(user(i, 6, 1), 10 * (i % 50)) for i in range(50)]
-    trainer = Trainer(ranker(epochs=epochs, slots="item,user", bias_slots="user"))
+    features = {"slots": "item,user", "bias_slots": "user", "context": "user", "positions": 9}
+    trainer = Trainer(ranker(epochs=epochs, **features))
     trainer.fit(SequenceDataset(table(users)))
-    for slot in ("user", "user_bias"):
+    for slot in ("user", "user_bias", "context_user"):
         assert days_of(trainer.model.tables()[slot]) == newest(users)
 
 
