@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,40 @@ def test_seconds_are_unbiased_with_a_share_of_the_negatives() -> None:
     trainer.fit(data)
     predicted, true = trainer.predict(data)["value"].mean(), np.log1p(data.column("watch_s")).mean()
     assert predicted == pytest.approx(true, rel=0.12), "clicked impressions are watched twice as long as the average"
+
+
+@pytest.mark.parametrize("differs", ["user", "item", "moment"])
+def test_each_impression_is_drawn_by_itself(differs: str) -> None:
+    """Also one that differs from others in its user, its item or its moment alone."""
+    shown = user(1, 200, 9).take(np.arange(200), 0)
+    shown.actions[:] = 0
+    if differs != "item":
+        shown.item_id[:] = 7
+    if differs != "moment":
+        for name in ("timestamp", "known_at"):
+            getattr(shown, name)[:] = START
+    people = [shown]
+    if differs == "user":
+        people = [dataclasses.replace(shown.take(np.arange(1), 0), user_id=i) for i in range(200)]
+    model = Ranker(RankerConfig(**SMALL, negative_rate=0.2), catalogue())
+    assert 20 <= model.loss(model.tokens(people))[1] <= 60
+
+
+def test_seconds_are_learned_from_the_drawn_impressions_alone() -> None:
+    settings = SMALL | {"negative_rate": 0.3, "regression": "watch", "dropout": 0.0, "input_dropout": 0.0}
+    model = Ranker(RankerConfig(**settings), catalogue())
+    tokens = model.tokens([user(i, 20, 9) for i in range(5)])
+    before, drawn = model.loss(tokens)[0], model._drawn(tokens)
+    tokens.watch[~drawn] += 50.0
+    assert torch.equal(model.loss(tokens)[0], before)
+    tokens.watch[drawn] += 50.0
+    assert not torch.equal(model.loss(tokens)[0], before)
+
+
+def test_seconds_that_are_not_known_count_nothing_in_the_measure() -> None:
+    model = Ranker(RankerConfig(**SMALL, regression="watch"), catalogue())
+    outputs = {
+        "label": np.zeros((4, 2), np.float32), "probability": np.full((4, 2), 0.5, np.float32),
+        "value": np.full((4, 1), 2.0, np.float32), "seconds": np.array([0, -5, np.nan, np.inf], np.float32),
+    }  # fmt: skip
+    assert model.summarise(outputs)["rmse_log_watch"] == pytest.approx(2.0)

@@ -43,8 +43,10 @@ def test_the_best_items_come_first_and_are_allowed_and_not_excluded(trained: Ret
 
 
 def test_an_item_that_is_allowed_twice_comes_once(trained: Retriever) -> None:
-    once, twice = (trained.retrieve(user(1, 5), NOW, allowed=np.array(ids)) for ids in ([3, 8, 9], [9, 3, 8, 3]))
-    assert [part.tolist() for part in once] == [part.tolist() for part in twice]
+    once = trained.retrieve(user(1, 5), NOW, allowed=np.array([3, 8, 9]))
+    for ids in ([9, 3, 8, 3], [3, 3, 8, 9]):
+        twice = trained.retrieve(user(1, 5), NOW, allowed=np.array(ids))
+        assert [part.tolist() for part in once] == [part.tolist() for part in twice]
 
 
 @given(st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 2.0, np.nan])), st.integers(1, 9))
@@ -82,6 +84,18 @@ def test_sampled_softmax_over_all_items_is_the_full_softmax() -> None:
     assert count > 10 and one.item() == pytest.approx(other.item(), rel=1e-5)
 
 
+def test_a_catalogue_as_large_as_the_limit_has_the_full_softmax() -> None:
+    users, limit = [user(i, 12, 4) for i in range(6)], len(catalogue())
+    losses = [
+        model.loss(model.tokens(users))[0].item()
+        for model in (
+            make(dropout=0, input_dropout=0, full_softmax_limit=at_most, negatives=5)
+            for at_most in (limit + 1, limit, limit - 1)
+        )
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_sampled_softmax_estimates_the_full_one() -> None:
     full, sampled = (make(dropout=0, input_dropout=0, full_softmax_limit=n, negatives=25) for n in (10**6, 1))
     ratios, uncorrected = [], []
@@ -104,6 +118,27 @@ def test_a_positive_outside_the_catalogue_is_still_learned() -> None:
     model.set_items(np.array([1, 2, 3]))
     loss, count = model.loss(model.tokens([user(1, 12, 4)]))
     assert count > 0 and bool(torch.isfinite(loss))
+
+
+def test_a_positive_outside_the_catalogue_has_a_rank_among_its_items_in_evaluation() -> None:
+    model = make()
+    model.set_items(np.array([1, 2, 3]))
+    model.eval()
+    with torch.no_grad():
+        tokens = model.tokens([user(1, 12, 4)])
+        ranks = model.evaluate_batch(tokens)["rank"]
+        vectors, wanted = model(tokens), np.unique(tokens.labels.numpy())
+        items = np.union1d(wanted, [1, 2, 3])
+        scores = vectors @ model.item_vectors(items).T
+    assert not np.isin(wanted, [1, 2, 3]).all()
+    own = scores[torch.arange(len(ranks)), torch.from_numpy(np.searchsorted(items, tokens.labels.numpy()))]
+    assert ranks.tolist() == (scores >= own[:, None]).sum(1).tolist()
+
+
+def test_items_have_a_direction_though_rows_are_to_start_at_zero() -> None:
+    vectors = make(init_scale=0.0).item_vectors(np.array([1, 2]))
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+    assert not torch.allclose(vectors[0], vectors[1])
 
 
 def test_users_without_a_positive_cost_nothing() -> None:
