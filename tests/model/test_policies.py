@@ -37,7 +37,8 @@ def test_what_cannot_be_read_is_refused_with_the_setting(text: str) -> None:
 
 
 def test_ids_that_wait_for_admission_are_not_kept_for_longer_than_they_can_be_dated() -> None:
-    policies(ModelConfig(table_admission="item=2", table_ttl_days="item=1000,user=2000"), "user")
+    for slot in ("item", "user"):
+        policies(ModelConfig(table_admission="item=2", table_ttl_days="item=1000,user=2000"), slot)
     with pytest.raises(BadInput, match="keeps item for 1001 days; with table_admission of it at most 1000"):
         policies(ModelConfig(table_admission="item=2", table_ttl_days="item=1001"), "item")
 
