@@ -8,20 +8,18 @@
 #include <string>
 #include <vector>
 
-void expect(bool condition, const std::string& what);  // attention_test.cc
+#include "softmax_test.h"
 
 namespace {
 
 using namespace freshet::attention;
-using Doubles = std::vector<double>;
+using softmax_test::Doubles, softmax_test::Result, softmax_test::expect_near;
 
 struct Problem {
   Problem(std::size_t rows, std::size_t items, std::size_t dim, std::size_t samples)
       : vectors(rows * dim), table(items * dim) {
     std::mt19937 random(static_cast<unsigned>(rows + items + dim + samples));
-    for (std::vector<float>* array : {&vectors, &table}) {
-      for (float& x : *array) x = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 1000;
-    }
+    for (std::vector<float>* array : {&vectors, &table}) softmax_test::draw(random, *array);
     for (std::size_t r = 0; r < rows; ++r) wanted.push_back(static_cast<std::int64_t>(random() % items));
     for (std::size_t i = 0; i < rows * samples; ++i) drawn.push_back(static_cast<std::int64_t>(random() % items));
     in.rows = rows, in.items = items, in.dim = dim, in.samples = samples, in.scale = 1.5F;
@@ -33,11 +31,6 @@ struct Problem {
   std::vector<float> vectors, table;
   std::vector<std::int64_t> wanted, drawn;
   SampledSoftmax in;
-};
-
-struct Result {
-  double loss = 0;
-  std::vector<float> vectors, table;
 };
 
 Result run(const Problem& p, std::size_t threads) {
@@ -78,15 +71,6 @@ double definition(const Problem& p, Doubles& by_vectors, Doubles& by_table) {
   return loss;
 }
 
-void expect_near(const std::vector<float>& got, const Doubles& want, const std::string& what) {
-  double largest = 0, error = 0;
-  for (std::size_t i = 0; i < want.size(); ++i) {
-    largest = std::max(largest, std::abs(want[i]));
-    error = std::max(error, std::abs(static_cast<double>(got[i]) - want[i]));
-  }
-  expect(error <= 1e-5 * largest, what + " is off by " + std::to_string(error) + " of " + std::to_string(largest));
-}
-
 void equals_the_definition(const std::string& isa) {
   for (const std::size_t rows : {1, 63, 64, 65, 200}) {
     for (const std::size_t samples : {0, 1, 3, 15, 128}) {
@@ -106,16 +90,6 @@ void equals_the_definition(const std::string& isa) {
   }
 }
 
-void no_thread_changes_a_bit(const std::string& isa) {
-  const Problem p(500, 400, 33, 20);
-  const Result one = run(p, 1);
-  for (const std::size_t threads : {2, 3, 16}) {
-    const Result more = run(p, threads);
-    expect(more.loss == one.loss && more.vectors == one.vectors && more.table == one.table,
-           isa + " sampled softmax: " + std::to_string(threads) + " threads give other bits");
-  }
-}
-
 template <typename Spoil>
 void is_refused(const Spoil& spoil, const std::string& what) {
   Problem p(2, 3, 4, 2);
@@ -131,7 +105,7 @@ void is_refused(const Spoil& spoil, const std::string& what) {
 
 void test_sampled_softmax(const std::string& isa) {
   equals_the_definition(isa);
-  no_thread_changes_a_bit(isa);
+  softmax_test::no_thread_changes_a_bit(Problem(500, 400, 33, 20), run, isa + " sampled softmax");
   is_refused([](Problem& p) { p.in.rows = 0; }, "no row");
   is_refused([](Problem& p) { p.in.items = 0; }, "no item");
   is_refused([](Problem& p) { p.in.dim = 0; }, "no number");

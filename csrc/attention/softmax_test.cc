@@ -8,19 +8,17 @@
 #include <string>
 #include <vector>
 
-void expect(bool condition, const std::string& what);  // attention_test.cc
+#include "softmax_test.h"
 
 namespace {
 
 using namespace freshet::attention;
-using Doubles = std::vector<double>;
+using softmax_test::Doubles, softmax_test::Result, softmax_test::expect_near;
 
 struct Problem {
   Problem(std::size_t rows, std::size_t items, std::size_t dim, float scale) : vectors(rows * dim), table(items * dim) {
     std::mt19937 random(static_cast<unsigned>(rows + items + dim));
-    for (std::vector<float>* array : {&vectors, &table}) {
-      for (float& x : *array) x = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 1000;
-    }
+    for (std::vector<float>* array : {&vectors, &table}) softmax_test::draw(random, *array);
     for (std::size_t r = 0; r < rows; ++r) wanted.push_back(static_cast<std::int64_t>(random() % items));
     in.rows = rows, in.items = items, in.dim = dim, in.scale = scale;
     in.vectors = vectors.data(), in.item_vectors = table.data(), in.wanted = wanted.data();
@@ -31,11 +29,6 @@ struct Problem {
   std::vector<float> vectors, table;
   std::vector<std::int64_t> wanted;
   Softmax in;
-};
-
-struct Result {
-  double loss = 0;
-  std::vector<float> vectors, table;
 };
 
 Result run(const Problem& p, std::size_t threads) {
@@ -71,15 +64,6 @@ double definition(const Problem& p, Doubles& by_vectors, Doubles& by_table) {
   return loss;
 }
 
-void expect_near(const std::vector<float>& got, const Doubles& want, const std::string& what) {
-  double largest = 0, error = 0;
-  for (std::size_t i = 0; i < want.size(); ++i) {
-    largest = std::max(largest, std::abs(want[i]));
-    error = std::max(error, std::abs(static_cast<double>(got[i]) - want[i]));
-  }
-  expect(error <= 1e-5 * largest, what + " is off by " + std::to_string(error / largest) + " of its largest number");
-}
-
 void equals_the_definition(const std::string& isa) {
   for (const std::size_t rows : {1, 47, 48, 49, 200}) {
     for (const std::size_t items : {1, 63, 64, 65, 300}) {
@@ -98,16 +82,6 @@ void equals_the_definition(const std::string& isa) {
         expect(catalogue_softmax(p.in, {}, 1) == got.loss, name + "the loss alone has other bits");
       }
     }
-  }
-}
-
-void no_thread_changes_a_bit(const std::string& isa) {
-  const Problem p(500, 400, 33, 2);
-  const Result one = run(p, 1);
-  for (const std::size_t threads : {2, 3, 16}) {
-    const Result more = run(p, threads);
-    expect(more.loss == one.loss && more.vectors == one.vectors && more.table == one.table,
-           isa + " softmax: " + std::to_string(threads) + " threads give other bits");
   }
 }
 
@@ -160,7 +134,7 @@ void bad_items_are_refused() {
 
 void test_softmax(const std::string& isa) {
   equals_the_definition(isa);
-  no_thread_changes_a_bit(isa);
+  softmax_test::no_thread_changes_a_bit(Problem(500, 400, 33, 2), run, isa + " softmax");
   extreme_scores(isa);
   one_item_stands_out(isa);
   an_empty_softmax_is_refused();

@@ -94,18 +94,13 @@ class Index {
     std::size_t slot;
   };
   Place locate(std::int64_t key, std::uint64_t hash) const noexcept { return locate_from(span(hash), key); }
-  Place locate_from(const Span& start, std::int64_t key) const noexcept {
-    const auto settled = [&](Bucket& bucket, Place* place) {
+  Place locate_from(Span at, std::int64_t key) const noexcept {
+    do {
+      Bucket& bucket = at.bucket();
       const Handle handle = bucket.find(key);
-      if (handle != kAbsent) *place = {&bucket, bucket.slot_of(handle)};
-      return handle != kAbsent || Bucket::overflow(bucket.control.load(std::memory_order_relaxed)) == 0;
-    };
-    Place place{nullptr, 0};
-    if (settled(start.bucket(), &place)) return place;
-    Span at = start;
-    while (at.step() && !settled(at.bucket(), &place)) {
-    }
-    return place;
+      if (handle != kAbsent) return {&bucket, bucket.slot_of(handle)};
+    } while (Bucket::overflow(at.bucket().control.load(std::memory_order_relaxed)) != 0 && at.step());
+    return {nullptr, 0};
   }
 
   // Sends for what an insertion changes, beside the home bucket: the segment's header and the second choice; later, when
