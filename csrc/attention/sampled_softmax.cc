@@ -80,8 +80,8 @@ double sampled_softmax(const SampledSoftmax& in, const SoftmaxGradients& out, st
   check(in);
   const SampledSoftmaxKernels& isa = *kernels().sampled_softmax;
   const std::size_t wide = isa.wide(in.dim);
-  ScratchPool pool((in.rows + in.items) * wide);
-  const ScratchPool::Lease padded(pool);
+  ScratchPool inputs((in.rows + in.items) * wide), scratch(isa.row_floats(in));
+  const ScratchPool::Lease padded(inputs);
   float* const vectors = padded.data();
   float* const items = vectors + in.rows * wide;
   pad(in.vectors, in.rows, in.dim, wide, threads, vectors);
@@ -91,7 +91,9 @@ double sampled_softmax(const SampledSoftmax& in, const SoftmaxGradients& out, st
   std::vector<float> slopes(gradients ? in.rows * in.candidates() : 0);
   parallel_for((in.rows + kTaskRows - 1) / kTaskRows, threads, [&](std::size_t task) {
     const std::size_t first = task * kTaskRows, count = std::min(kTaskRows, in.rows - first);
-    isa.rows(in, vectors, items, first, count, &loss[first], gradients ? out.vectors + first * in.dim : nullptr,
+    const ScratchPool::Lease own(scratch);
+    isa.rows(in, vectors, items, first, count, own.data(), &loss[first],
+             gradients ? out.vectors + first * in.dim : nullptr,
              gradients ? &slopes[first * in.candidates()] : nullptr);
   });
   if (gradients) {

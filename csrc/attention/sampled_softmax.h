@@ -35,10 +35,11 @@ struct Slope {
 // wide(dim) floats on 64 bytes.
 struct SampledSoftmaxKernels {
   std::size_t (*wide)(std::size_t dim);
+  std::size_t (*row_floats)(const SampledSoftmax& in);  // of `scratch`, which is aligned to 64 bytes
   // Rows [first, first + count): the loss of each; unless null, the gradient by their vectors, and into slopes
   // [count][candidates] d loss / d score.
   void (*rows)(const SampledSoftmax& in, const float* vectors, const float* items, std::size_t first, std::size_t count,
-               double* loss, float* gradient, float* slopes);
+               float* scratch, double* loss, float* gradient, float* slopes);
   // The gradient of one item: sum of slope x vector, in this order.
   void (*item_gradient)(const SampledSoftmax& in, const float* vectors, const Slope* slopes, std::size_t count,
                         float* gradient);

@@ -1,10 +1,9 @@
 // The softmax over a row's own candidates, row by row, and what they give to an item.
 #pragma once
 
-#include <vector>
-
 #include "norm.h"
 #include "sampled_softmax.h"
+#include "workspace.h"
 
 namespace freshet::attention {
 namespace {
@@ -14,6 +13,16 @@ constexpr std::size_t kSums = 4;     // vectors of a weighted sum at a time
 constexpr std::size_t kFetched = 8;  // candidates sent for ahead
 
 inline std::size_t sampled_wide(std::size_t dim) { return round_up(dim, kLanes); }
+
+struct SampledRow {
+  SampledRow(const SampledSoftmax& in, float* base) : arena(base) {
+    weights = arena.take(round_up(in.candidates(), kLanes)), gradient = arena.take(sampled_wide(in.dim));
+  }
+  Arena arena;
+  float *weights, *gradient;  // [candidates], in whole vectors, and [wide]
+};
+
+inline std::size_t sampled_row_floats(const SampledSoftmax& in) { return SampledRow(in, nullptr).arena.used(); }
 
 FRESHET_INLINE std::size_t candidate(const SampledSoftmax& in, std::size_t row, std::size_t i) {
   return static_cast<std::size_t>(i == 0 ? in.wanted[row] : in.drawn[row * in.samples + i - 1]);
@@ -55,6 +64,7 @@ inline double sampled_weights(const SampledSoftmax& in, const float* x, const fl
   constexpr float kLowest = -3.4028235e38f;
   const std::size_t count = in.candidates();
   const auto item = [&](std::size_t i) { return items + candidate(in, row, i) * wide; };
+  const auto is_out = [&](std::size_t i) { return i != 0 && candidate(in, row, i) == candidate(in, row, 0); };
   std::size_t i = 0;
   for (; i + kDots <= count; i += kDots) {
     const float* rows[kDots];
@@ -73,37 +83,36 @@ inline double sampled_weights(const SampledSoftmax& in, const float* x, const fl
   float top = in.scale * weights[0];
   const float own = top;
   for (i = 0; i < count; ++i) {
-    const bool out = i != 0 && in.drawn[row * in.samples + i - 1] == in.wanted[row];
-    weights[i] = out ? kLowest : in.scale * weights[i];
+    weights[i] = is_out(i) ? kLowest : in.scale * weights[i];
     top = weights[i] > top ? weights[i] : top;
   }
   for (i = count; i % kLanes != 0; ++i) weights[i] = kLowest;
   for (i = 0; i < count; i += kLanes) store(weights + i, exp(load(weights + i) - top));
   *sum = 0;
   for (i = 0; i < count; ++i) {
-    if (i != 0 && in.drawn[row * in.samples + i - 1] == in.wanted[row]) weights[i] = 0;
+    if (is_out(i)) weights[i] = 0;
     *sum += weights[i];
   }
   return __builtin_log(static_cast<double>(*sum)) - (static_cast<double>(own) - top);
 }
 
 inline void sampled_rows(const SampledSoftmax& in, const float* vectors, const float* items, std::size_t first,
-                         std::size_t count, double* loss, float* gradient, float* slopes) {
+                         std::size_t count, float* scratch, double* loss, float* gradient, float* slopes) {
+  const SampledRow s(in, scratch);
   const std::size_t wide = sampled_wide(in.dim), candidates = in.candidates();
-  std::vector<float> weights(round_up(candidates, kLanes)), turned(wide);
   const float share = in.scale / static_cast<float>(in.rows);
   for (std::size_t r = 0; r < count; ++r) {
     const std::size_t row = first + r;
     float sum;
-    loss[r] = sampled_weights(in, vectors + row * wide, items, row, wide, weights.data(), &sum);
+    loss[r] = sampled_weights(in, vectors + row * wide, items, row, wide, s.weights, &sum);
     if (gradient == nullptr) continue;
     float* const slope = slopes + r * candidates;
-    for (std::size_t i = 0; i < candidates; ++i) slope[i] = weights[i] / sum * share;
+    for (std::size_t i = 0; i < candidates; ++i) slope[i] = s.weights[i] / sum * share;
     slope[0] -= share;
     weighted_sum(
         candidates, [&](std::size_t i) { return slope[i]; },
-        [&](std::size_t i) { return items + candidate(in, row, i) * wide; }, wide, turned.data());
-    __builtin_memcpy(gradient + r * in.dim, turned.data(), in.dim * sizeof(float));
+        [&](std::size_t i) { return items + candidate(in, row, i) * wide; }, wide, s.gradient);
+    __builtin_memcpy(gradient + r * in.dim, s.gradient, in.dim * sizeof(float));
   }
 }
 
@@ -120,7 +129,8 @@ inline void sampled_item_gradient(const SampledSoftmax& in, const float* vectors
   }
 }
 
-constexpr SampledSoftmaxKernels kSampledSoftmaxKernels = {sampled_wide, sampled_rows, sampled_item_gradient};
+constexpr SampledSoftmaxKernels kSampledSoftmaxKernels = {sampled_wide, sampled_row_floats, sampled_rows,
+                                                          sampled_item_gradient};
 
 }  // namespace
 }  // namespace freshet::attention

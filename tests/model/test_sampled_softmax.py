@@ -14,6 +14,7 @@ from torch import Tensor
 
 from components.errors import BadInput
 from model.sampled_softmax import per_position_cross_entropy, per_position_reference, sampled_softmax
+from tests.model.softmax_cases import assert_near
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -52,10 +53,7 @@ def test_the_kernels_are_the_published_formula(
     inputs = problem(positions, items, dim, samples, seed)
     got = loss_and_gradients(per_position_cross_entropy, inputs, temperature, torch.float32)
     want = loss_and_gradients(per_position_reference, inputs, temperature, torch.float64)
-    for mine, exact in zip(got, want, strict=True):
-        one_position = 3 / temperature / positions  # the largest gradient that a score can have, times three
-        scale = max(float(exact.abs().max()), one_position)
-        assert float((mine.double() - exact).abs().max()) < 1e-5 * scale
+    assert_near(got, want, temperature)
 
 
 @pytest.mark.usefixtures("threads")

@@ -14,6 +14,7 @@ from torch import Tensor
 from components.errors import BadInput
 from model import softmax
 from model.softmax import catalogue_cross_entropy, catalogue_softmax
+from tests.model.softmax_cases import assert_near
 
 
 def problem(positions: int, items: int, dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,10 +62,7 @@ def test_the_kernels_are_cross_entropy(
     vectors, table = F.normalize(vectors).float(), F.normalize(table).float()
     got = loss_and_gradients(vectors, table, wanted, temperature, ours=True)
     want = loss_and_gradients(vectors.double(), table.double(), wanted, temperature, ours=False)
-    for mine, exact in zip(got, want, strict=True):
-        one_position = 3 / temperature / positions  # the largest gradient that a score can have, times three
-        scale = max(float(exact.abs().max()), one_position)
-        assert float((mine.double() - exact).abs().max()) < 1e-5 * scale
+    assert_near(got, want, temperature)
 
 
 @pytest.mark.usefixtures("threads")
