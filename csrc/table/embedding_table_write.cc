@@ -36,10 +36,9 @@ FRESHET_INLINE std::size_t EmbeddingTable::write_rows(Group& group, const Write&
           }
           return;
         }
-        RowMeta& meta = at.shelf->meta(at.handle);
         const BucketLock lock(*at.bucket);
-        keeper.keep(item.id, at.floats(), meta);
-        write(*at.shelf, item, meta, at.floats());
+        keeper.keep(item.id, at.floats(), at.meta());
+        write(*at.shelf, item, at.meta(), at.floats());
         ++written;
       });
   return written;

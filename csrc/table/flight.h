@@ -10,113 +10,111 @@
 
 namespace freshet {
 
+inline constexpr std::size_t kFlight = 512;  // ids that are found in the index before the first of them gets to its row
+
 // Where an id has arrived. A handle of a row or a candidate is to be believed only if `control` is still the bucket's once
 // the row was copied; kAbsent is proven already.
 template <typename Shelf>
 struct Arrival {
   Shelf* shelf;
   Bucket* bucket;
+  char* header;           // of the row
   char* row;              // nullptr if the id has none
   std::uint32_t control;  // of the bucket, before its slots were read
   Handle handle;
 
   float* floats() const noexcept { return reinterpret_cast<float*>(row); }
+  RowMeta& meta() const noexcept { return *reinterpret_cast<RowMeta*>(header); }
+
+  bool stable() const noexcept { return (control & (Bucket::kVersion | Bucket::kRetired)) == 0; }
+  // Whether the bucket alone tells what the handle is, even that there is none.
+  bool settled() const noexcept {
+    return stable() && (handle != kAbsent || (Bucket::overflow(control) == 0 && bucket->end_read(control)));
+  }
+
+  FRESHET_INLINE void look(const RowLayout& layout, std::int64_t id) noexcept {
+    control = bucket->control.load(std::memory_order_acquire);
+    resolve(layout, bucket->find(id));
+  }
+  // The row without a branch, which could not be foreseen: it decides for one id in eight that it is a guest elsewhere.
+  FRESHET_INLINE void resolve(const RowLayout& layout, Handle to) noexcept {
+    handle = to;
+    const std::uintptr_t there = std::uintptr_t{0} - static_cast<std::uintptr_t>(is_row(handle) && stable());
+    const RowLayout::Place place = shelf->rows().place_of(layout, handle & static_cast<Handle>(there));
+    header = layout.header(place);
+    row = reinterpret_cast<char*>(reinterpret_cast<std::uintptr_t>(layout.row(place)) & there);
+  }
 };
 
-template <Intent intent, typename Shelf>
-FRESHET_INLINE char* send_for_row(const RowLayout& layout, const Shelf& shelf, Handle handle, std::size_t bytes) noexcept {
-  const RowLayout::Place place = shelf.rows().place_of(layout, handle);
-  prefetch_row(layout.row(place), bytes);
-  if (intent == Intent::kWrite) prefetch_row(layout.header(place), sizeof(RowMeta));
-  return layout.row(place);
+// Finds ids [0, n), n <= kFlight, in the index; the buckets of those to come are on their way meanwhile. Ids whose home
+// does not settle the matter (it is full, and they may be guests elsewhere, or a writer is at work there) stand aside,
+// until their second buckets have come, too; where those do not have them there is the complete search.
+template <typename Shelf, typename IdOf, typename ShelfOf>
+FRESHET_INLINE void locate(std::size_t n, const RowLayout layout, const IdOf id_of, const ShelfOf shelf_of,
+                           Arrival<Shelf>* const arrivals) {
+  constexpr std::size_t kAhead = 16;
+  std::uint64_t hashes[kFlight];
+  Bucket* seconds[kFlight];
+  std::uint32_t aside[kFlight];
+  std::size_t waiting = 0;
+  for (std::size_t i = 0; i < n; ++i) hashes[i] = hash_id(id_of(i));  // in vectors
+  for (std::size_t t = 0; t < n + kAhead; ++t) {
+    if (t < n) {
+      Shelf& shelf = shelf_of(hashes[t]);
+      const Index::Places places = shelf.index().places(hashes[t]);
+      arrivals[t].shelf = &shelf;
+      arrivals[t].bucket = places.home;
+      seconds[t] = places.second;
+      prefetch<Intent::kRead>(places.home);
+    }
+    if (t >= kAhead) {
+      const std::size_t i = t - kAhead;
+      arrivals[i].look(layout, id_of(i));
+      const bool stands_aside = arrivals[i].row == nullptr;
+      aside[waiting] = static_cast<std::uint32_t>(i);
+      waiting += stands_aside ? 1 : 0;
+      prefetch<Intent::kRead>(stands_aside ? seconds[i] : arrivals[i].bucket);
+    }
+  }
+  for (std::size_t k = 0; k < waiting; ++k) {
+    const std::size_t i = aside[k];
+    Arrival<Shelf>& at = arrivals[i];
+    if (at.settled()) continue;
+    at.bucket = seconds[i];
+    at.look(layout, id_of(i));
+    if (at.row != nullptr) continue;
+    const Index::Found found = at.shelf->index().find(id_of(i), hashes[i]);
+    at.bucket = found.bucket;
+    at.control = found.control;
+    at.resolve(layout, found.handle);
+  }
 }
 
-// Takes ids [0, n) to their rows and calls arrive(i, arrival) once for each, most of them in order. One id takes off for
-// each that arrives, so that prefetches come evenly and computing goes on meanwhile. Ids whose home bucket does not settle
-// the matter (it is full, and they may be guests elsewhere, or a writer is at work there) stand aside, and take the
-// complete search when there are many of them.
+// Takes ids [0, n) to their rows and calls arrive(i, arrival) for each, in order. First a block of ids is found in the
+// index, then their rows are sent for, some ahead of the one at hand. Both at a time is slower by a third: the bucket, for
+// which everything waits, then queues behind the many lines of rows, for which there is time (docs/experiments.md).
 // id_of(i), i < n. shelf_of(hash): what has index() and rows() for it. row_bytes: how much of a row is wanted. All is
-// passed by value, and kept in arrays of one kind each, on purpose: rows are copied as bytes, after which a compiler loads
-// again what could be reached from outside.
+// passed by value on purpose: rows are copied as bytes, after which a compiler loads again what could be reached from
+// outside.
 template <Intent intent, typename IdOf, typename ShelfOf, typename Arrive>
 FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout layout, const IdOf id_of,
                         const ShelfOf shelf_of, const Arrive arrive) {
-  using Shelf = std::remove_reference_t<decltype(shelf_of(0))>;
-  using At = Arrival<Shelf>;
-  constexpr std::size_t kLook = 16, kArrive = 32;  // ids after take-off
-  constexpr std::size_t kRing = 64, kAside = 32;
-  constexpr std::uint32_t kUnstable = Bucket::kVersion | Bucket::kRetired;
-  Shelf* shelves[kRing];
-  Index::Places buckets[kRing];
-  char* rows[kRing];
-  Handle handles[kRing];
-  std::uint32_t controls[kRing];
-  std::size_t aside[kAside];
-  At guests[kAside];
-  std::size_t waiting = 0;
-  // Most guests are in their second bucket, which has come meanwhile.
-  const auto stand_aside = [&](std::size_t i, Shelf* shelf, Bucket* bucket) __attribute__((always_inline)) {
-    const std::uint32_t control = bucket->control.load(std::memory_order_acquire);
-    At& guest = guests[waiting];
-    guest = {shelf, bucket, nullptr, control, bucket->find(id_of(i))};
-    if (is_row(guest.handle) && (control & kUnstable) == 0) {
-      guest.row = send_for_row<intent>(layout, *shelf, guest.handle, row_bytes);
-    }
-    aside[waiting++] = i;
-  };
-  const auto search_aside = [&]() __attribute__((always_inline)) {
-    for (std::size_t k = 0; k < waiting; ++k) {
-      if (guests[k].row != nullptr) continue;
-      const std::int64_t id = id_of(aside[k]);
-      Shelf& shelf = *guests[k].shelf;
-      const Index::Found at = shelf.index().find(id, hash_id(id));
-      guests[k] = {&shelf, at.bucket, nullptr, at.control, at.handle};
-      if (is_row(at.handle)) guests[k].row = send_for_row<intent>(layout, shelf, at.handle, row_bytes);
-    }
-    for (std::size_t k = 0; k < waiting; ++k) arrive(aside[k], guests[k]);
-    waiting = 0;
-  };
-
-  for (std::size_t t = 0; t < n + kArrive; ++t) {
-    if (t >= kArrive) {
-      const std::size_t i = t - kArrive, at = i % kRing;
-      bool settled = rows[at] != nullptr;
-      if (!settled) {
-        const bool nowhere = handles[at] == kAbsent && (controls[at] & (kUnstable | Bucket::kOverflowMax)) == 0;
-        settled = nowhere && buckets[at].home->end_read(controls[at]);
+  constexpr std::size_t kAhead = 32;
+  Arrival<std::remove_reference_t<decltype(shelf_of(0))>> arrivals[kFlight];
+  for (std::size_t start = 0; start < n; start += kFlight) {
+    const std::size_t count = std::min(kFlight, n - start);
+    locate(count, layout, [=](std::size_t i) { return id_of(start + i); }, shelf_of, arrivals);
+    for (std::size_t t = 0; t < count + kAhead; ++t) {
+      if (t < count && arrivals[t].row != nullptr) {
+        prefetch_row(arrivals[t].row, row_bytes);
+        if (intent == Intent::kWrite) {
+          prefetch_row(arrivals[t].header, sizeof(RowMeta));
+          prefetch<intent>(arrivals[t].bucket);
+        }
       }
-      if (settled) {
-        arrive(i, At{shelves[at], buckets[at].home, rows[at], controls[at], handles[at]});
-      } else {
-        stand_aside(i, shelves[at], buckets[at].second);
-        if (waiting == kAside) search_aside();
-      }
-    }
-    if (t < n) {
-      const std::uint64_t hash = hash_id(id_of(t));
-      Shelf& shelf = shelf_of(hash);
-      shelves[t % kRing] = &shelf;
-      buckets[t % kRing] = shelf.index().places(hash);
-      prefetch<intent>(buckets[t % kRing].home);
-    }
-    if (t >= kLook && t < n + kLook) {
-      const std::size_t i = t - kLook, at = i % kRing;
-      const Bucket& bucket = *buckets[at].home;
-      const std::uint32_t control = bucket.control.load(std::memory_order_acquire);
-      const Handle handle = bucket.find(id_of(i));
-      controls[at] = control;
-      handles[at] = handle;
-      // Without a branch, which could not be foreseen: it decides for one id in eight that it is a guest.
-      const std::uintptr_t there = std::uintptr_t{0} - static_cast<std::uintptr_t>(is_row(handle) && (control & kUnstable) == 0);
-      const RowLayout::Place place = shelves[at]->rows().place_of(layout, handle & static_cast<Handle>(there));
-      const auto row = reinterpret_cast<std::uintptr_t>(layout.row(place)) & there;
-      rows[at] = reinterpret_cast<char*>(row);
-      const char* const next = reinterpret_cast<const char*>(row | (reinterpret_cast<std::uintptr_t>(buckets[at].second) & ~there));
-      prefetch_row(next, row_bytes);
-      if (intent == Intent::kWrite) prefetch_row(layout.header(place), sizeof(RowMeta));
+      if (t >= kAhead) arrive(start + t - kAhead, arrivals[t - kAhead]);
     }
   }
-  search_aside();
 }
 
 }  // namespace freshet
