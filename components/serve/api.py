@@ -228,6 +228,11 @@ class VersionStatus(BaseModel):
         description="now minus the newest event that the parameters learned from; null = none known"
     )
     rows: int = Field(description="rows in all embedding tables")
+    unknown_items: float | None = Field(
+        default=None,
+        description="share of the items looked up that it never learned; near 1: the catalogue and the log name items "
+        "differently, for example only one was ingested with --string-ids; null = none looked up yet",
+    )
     error: str | None = Field(description="why its parameter log cannot be followed; null = all is well")
 
 

@@ -103,6 +103,12 @@ class LoadedVersion:
         """Rows in all embedding tables."""
         return self._served.rows()
 
+    def unknown_items(self) -> float | None:
+        """Share of the items looked up since this was loaded that have no row of their own; None before the first."""
+        counts = [table.stats() for slot, table in self._served.tables.items() if slot.startswith("item")]
+        looked_up = sum(count["looked_up"] for count in counts)
+        return sum(count["missed"] for count in counts) / looked_up if looked_up else None
+
     def reach(self) -> int:
         """How many of a user's newest events can influence a score."""
         config = self._served.model.config

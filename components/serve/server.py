@@ -150,5 +150,6 @@ def _version(version: LoadedVersion) -> VersionStatus:
         delta=version.n,
         served_event_age_s=None if learned is None else time.time() - learned / 1e6,
         rows=version.rows(),
+        unknown_items=version.unknown_items(),
         error=version.error,
     )

@@ -142,12 +142,30 @@ def test_metrics_tell_how_late_events_come(live: Live) -> None:
 
 
 def test_status_tells_what_is_served(live: Live) -> None:
+    live.recommend(1)
     status = live.status()
     assert status["ready"] and status["stage"] == "promoted" and status["items"] == len(ITEM_IDS)
     champion = status["tracks"]["champion"]
     assert (champion["version"], champion["retriever_version"], champion["ranker"]["delta"]) == (1, 1, 0)
     assert champion["requests"] > 0 and champion["errors"] == 0 and champion["p99_ms"] > 0
     assert champion["ranker"]["rows"] > 50 and champion["ranker"]["served_event_age_s"] > 0
+
+
+def test_status_tells_how_many_of_the_items_a_version_knows(toy_root: Path) -> None:
+    """A catalogue whose ids are not those of the log is served by initial embeddings: it must not look well."""
+    with Live(toy_root) as live:
+        champion = live.status()["tracks"]["champion"]
+        assert champion["ranker"]["unknown_items"] is None
+        live.recommend(1, k=20)
+        assert live.status()["tracks"]["champion"]["retriever"]["unknown_items"] < 0.5
+        storage = live.storage
+    for path in storage.list("items"):
+        (toy_root / path).unlink()
+    storage.write_table("items/hashed.parquet", item_rows([item + (1 << 40) for item in ITEM_IDS]))
+    with Live(toy_root) as live:
+        live.recommend(77, k=20)
+        champion = live.status()["tracks"]["champion"]
+        assert champion["ranker"]["unknown_items"] > 0.9 and champion["retriever"]["unknown_items"] == 1
 
 
 def test_the_docs_page_needs_nothing_from_outside(live: Live) -> None:
