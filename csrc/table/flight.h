@@ -54,33 +54,35 @@ FRESHET_INLINE void locate(std::size_t n, const RowLayout layout, const IdOf id_
                            Arrival<Shelf>* const arrivals) {
   constexpr std::size_t kAhead = 16;
   std::uint64_t hashes[kFlight];
-  Bucket* seconds[kFlight];
   std::uint32_t aside[kFlight];
   std::size_t waiting = 0;
   for (std::size_t i = 0; i < n; ++i) hashes[i] = hash_id(id_of(i));  // in vectors
   for (std::size_t t = 0; t < n + kAhead; ++t) {
     if (t < n) {
       Shelf& shelf = shelf_of(hashes[t]);
-      const Index::Places places = shelf.index().places(hashes[t]);
+      Bucket* const home = shelf.index().places(hashes[t]).home;
       arrivals[t].shelf = &shelf;
-      arrivals[t].bucket = places.home;
-      seconds[t] = places.second;
-      prefetch<Intent::kRead>(places.home);
+      arrivals[t].bucket = home;
+      prefetch<Intent::kRead>(home);
     }
     if (t >= kAhead) {
       const std::size_t i = t - kAhead;
       arrivals[i].look(layout, id_of(i));
-      const bool stands_aside = arrivals[i].row == nullptr;
       aside[waiting] = static_cast<std::uint32_t>(i);
-      waiting += stands_aside ? 1 : 0;
-      prefetch<Intent::kRead>(stands_aside ? seconds[i] : arrivals[i].bucket);
+      waiting += arrivals[i].row == nullptr ? 1 : 0;
     }
   }
+  std::size_t searching = 0;
   for (std::size_t k = 0; k < waiting; ++k) {
     const std::size_t i = aside[k];
+    if (arrivals[i].settled()) continue;
+    arrivals[i].bucket = arrivals[i].shelf->index().places(hashes[i]).second;
+    prefetch<Intent::kRead>(arrivals[i].bucket);
+    aside[searching++] = static_cast<std::uint32_t>(i);
+  }
+  for (std::size_t k = 0; k < searching; ++k) {
+    const std::size_t i = aside[k];
     Arrival<Shelf>& at = arrivals[i];
-    if (at.settled()) continue;
-    at.bucket = seconds[i];
     at.look(layout, id_of(i));
     if (at.row != nullptr) continue;
     const Index::Found found = at.shelf->index().find(id_of(i), hashes[i]);
