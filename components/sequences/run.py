@@ -84,6 +84,8 @@ def _window(config: SequencesConfig, joined: list[Window]) -> tuple[list[Window]
     """The window itself, and the windows before it, which give context."""
     if config.split or config.end:
         raise BadInput("--split and --end belong to --mode=history; leave them out, or change the mode")
+    if not config.window:
+        raise BadInput(f"--mode=window needs a --window; the last joined one is --window={joined[-1].key}")
     window = Window.parse(config.window)
     if window not in joined:
         raise BadInput(

@@ -31,6 +31,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, DIM, LEARNING_RATE = 8192, 64, 0.05
 OURS, MONOLITH, TORCH = "freshet", "monolith", "torch"
+SECTIONS = ("lookup", "update", "insert", "writer", "step", "growth", "load", "files", "delta")
 
 
 @dataclass(frozen=True)
@@ -258,13 +259,21 @@ def run(program: Sequence[str], peers: Callable[[], TorchPeers]) -> Samples:
     return Samples([*series, *(torch_peers.series() if torch_peers else [])])
 
 
+def sections(text: str) -> str:
+    """A list of sections; argparse.ArgumentTypeError for another name, before anything is compiled."""
+    unknown = [name for name in text.split(",") if name not in SECTIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no section {unknown[0]!r}; use some of {','.join(SECTIONS)}")
+    return text
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="100 k rows and short phases: does it run, not how fast")
     parser.add_argument("--rows", type=int, help="rows of the tables (default 2 M, quick 100 k)")
     parser.add_argument("--repetitions", type=int, help="of every measurement (default 7, quick 5)")
-    parser.add_argument("--sections", help="a list like lookup,update; default all")
+    parser.add_argument("--sections", type=sections, help=f"some of {','.join(SECTIONS)}; default all")
     parser.add_argument("--directory", type=Path, default=ROOT / "csrc" / "build", help="for files of the run (4 GB)")
     options = parser.parse_args()
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for torch too

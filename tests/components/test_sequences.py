@@ -41,6 +41,7 @@ def config(**settings: Any) -> SequencesConfig:
         ({"mode": "window", "window": "today"}, "write START-END like"),
         ({"mode": "window", "window": HOURS[0].key, "split": "2026-03-01T10:30:00Z"}, "belong to --mode=history"),
         ({"window": HOURS[0].key}, "--window belongs to --mode=window"),
+        ({"mode": "window"}, "--mode=window needs a --window; the last joined one is --window="),
         ({"end": "2026-03-01T10:30:00Z"}, f"lies inside the joined window {HOURS[0].key}"),
         ({"end": "2026-03-01T09:00:00Z"}, "no joined window ends by"),
         ({"split": "2026-03-01T13:00:00Z"}, "leaves train or eval empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -33,6 +34,14 @@ times = st.floats(0.1, 1000)
 
 def series(measure: str, variant: str, values: list[float], keys: str = "uniform", threads: int = 1) -> Series:
     return Series(measure, variant, keys, threads, "Mops/s", tuple(values))
+
+
+def test_only_sections_that_there_are_can_be_chosen() -> None:
+    assert bench.sections("update,lookup") == "update,lookup"
+    with pytest.raises(argparse.ArgumentTypeError, match="no section 'inserts'; use some of lookup,update,insert"):
+        bench.sections("lookup,inserts")
+    harness = (bench.ROOT / "csrc/table/bench/harness.h").read_text()
+    assert f'sections = "{",".join(bench.SECTIONS)}"' in harness
 
 
 def test_a_line_is_a_series_and_anything_else_is_refused() -> None:
