@@ -34,10 +34,10 @@ class Supervisor:
     def __init__(self, home: Path) -> None:
         self.pids, self.logs = home / "run", home / "logs"
 
-    def start(self, service: Service) -> None:
-        """Start `service` unless it runs; BadInput when a stranger holds its port."""
+    def start(self, service: Service) -> bool:
+        """Start `service`; False if it runs already. BadInput when a stranger holds its port."""
         if self.running(service.name):
-            return
+            return False
         self.stop(service.name)  # what an earlier one left when it died: it may hold the port
         if service.port and _listening(service.port):
             raise BadInput(
@@ -57,6 +57,7 @@ class Supervisor:
                 start_new_session=True,
             )
         self._pid_file(service.name).write_text(f"{process.pid} {_started(process.pid)}")
+        return True
 
     def wait_ready(self, service: Service, timeout: float) -> None:
         """Wait until `service` answers; FreshetError with the end of its log if it dies or never does."""

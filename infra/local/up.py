@@ -22,17 +22,18 @@ def start(stack: Stack, console: Console) -> Airflow:
     with console.status("preparing folders and Airflow's database") as status:
         stack.prepare()
         *others, scheduler = stack.services()
-        for service in others:
-            supervisor.start(service)
+        ran = [service.name for service in others if not supervisor.start(service)]
         for service in others:
             status.update(f"starting {service.name} (log: {supervisor.log(service.name)})")
             supervisor.wait_ready(service, timeout=180)
-        supervisor.start(scheduler)
+        ran += [scheduler.name] if not supervisor.start(scheduler) else []
         airflow = Airflow(stack.url("airflow"))
         airflow.login()
         airflow.ensure_pool("gpu", GPU_POOL_SLOTS)
         status.update("Airflow reads the DAGs")
         airflow.wait_for_dags(DAGS, since=began, timeout=120)
+    if ran:
+        console.print(f"{', '.join(ran)} ran already, with the code of then; after a change of it: make down, make up")
     return airflow
 
 

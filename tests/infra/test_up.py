@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,8 +24,14 @@ def dags(names: Iterable[str], read_at: datetime) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What one `make up` did beside an Airflow that knows all DAGs and the pool: requests and services."""
+def running() -> set[str]:
+    """Services that run before `make up`."""
+    return set()
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, running: set[str]) -> list[str]:
+    """What one `make up` did and said beside an Airflow that knows all DAGs and the pool."""
     happened: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -37,12 +44,17 @@ def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def wait_ready(_: Supervisor, service: Service, timeout: float) -> None:
         happened.append(f"{service.name} answers")
 
+    def start(_: Supervisor, service: Service) -> bool:
+        happened.append(f"start {service.name}")
+        return service.name not in running
+
     monkeypatch.setattr(Stack, "prepare", lambda stack: None)
-    monkeypatch.setattr(Supervisor, "start", lambda _, service: happened.append(f"start {service.name}"))
+    monkeypatch.setattr(Supervisor, "start", start)
     monkeypatch.setattr(Supervisor, "wait_ready", wait_ready)
     monkeypatch.setattr(Airflow, "__init__", connect)
-    up.start(Stack.isolated(tmp_path), Console(quiet=True))
-    return happened
+    said = io.StringIO()
+    up.start(Stack.isolated(tmp_path), Console(file=said, width=200))
+    return [*happened, *said.getvalue().splitlines()]
 
 
 def test_a_paused_dag_stays_paused_and_the_pool_keeps_its_size(events: list[str]) -> None:
@@ -56,6 +68,13 @@ def test_the_scheduler_starts_when_what_its_tasks_need_answers(events: list[str]
     """Runs that were open at `make down` go on at once; a task without Airflow's API server would fail."""
     begin = events.index("start airflow-scheduler")
     assert {"airflow answers", "mlflow answers", "spark answers", "serve answers"} <= set(events[:begin])
+
+
+@pytest.mark.parametrize("running", [set(), {"serve", "airflow-scheduler"}])
+def test_what_ran_before_is_named_since_it_keeps_its_code(events: list[str], running: set[str]) -> None:
+    said = [event for event in events if "make down" in event]
+    assert len(said) == (1 if running else 0)
+    assert not running or said[0].startswith("serve, airflow-scheduler ran already")
 
 
 NOW = datetime(2026, 3, 1, 10, tzinfo=UTC)
