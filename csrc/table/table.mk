@@ -4,8 +4,8 @@ TABLE_PARTS := checksum embedding_table embedding_table_batch embedding_table_de
 	embedding_table_write index row_codec serving_table serving_table_read snapshot_scan
 TABLE_BINDINGS := bindings checksum_bindings serving_bindings snapshot_bindings
 TABLE_TESTS := checksum_test embedding_table_test embedding_table_insert_test embedding_table_model_test \
-	embedding_table_memory_test embedding_table_stress index_test insertion_memory_test reclaimer_test row_codec_test \
-	serving_table_test serving_table_stress
+	embedding_table_memory_test embedding_table_stress flight_test index_test insertion_memory_test reclaimer_test \
+	row_codec_test serving_table_test serving_table_stress
 # What runs in several threads, and so is worth ThreadSanitizer's time.
 TABLE_CONCURRENT := embedding_table_insert_test embedding_table_model_test embedding_table_stress index_test \
 	reclaimer_test serving_table_stress
