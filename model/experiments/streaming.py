@@ -1,15 +1,16 @@
 """A growing vocabulary in one pass: Transformer, HSTU with softmax, and HSTU, on the paper's synthetic stream.
 
-    python -m model.experiments.streaming [--only hstu] [--records 10000] [--items 4000] [--seeds 3] [--threads 2]
+    python -m model.experiments.streaming [--only hstu] [--records 10000,3000] [--items 4000] [--seeds 3] [--threads 2]
 
 The recipe is the paper's (streaming_data), scaled down: 4,000 items in 20 categories (200 items each, as there) and
 10,000 records of 128, learned in the order of time in one pass, softmax over the items available by then; the last
-tenth is the test. Each file of configs/streaming is one model; all three have 2 layers, 2 heads of 32, width 64, no
-relative bias, no dropout and batches of 16 records. HR over the available items, at every place of the second half of a
-record: of the test, and on the way there of every fourth batch before it is learned from, as a share of what is
-possible (`best_hit_rates`). The paper does not say its sizes; its order is .0442 / .0617 / .0893 HR@10. Prints a
-Markdown table; the last line is `RESULT {json}`. A run with the default settings puts its table into
-docs/experiments.md and its plot into docs/images.
+tenth is the test. A second stream ends after 3,000 records, before any model has learned all. Each file of
+configs/streaming is one model; all three have 2 layers, 2 heads of 32, width 64, no relative bias, no dropout and
+batches of 16 records. HR over the available items, at every place of the second half of a record: of the test, and on
+the way there of every fourth batch before it is learned from, as a share of what is possible (`best_hit_rates`). The
+paper does not say its sizes; its order is .0442 / .0617 / .0893 HR@10. Prints a Markdown table of each stream; the last
+line is `RESULT {json}`. A run with the default settings puts its table into docs/experiments.md and its plot into
+docs/images.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ BENCHMARK = Benchmark(
     ("configs", "only", "records", "items", "categories", "length", "reading", "seeds"),
 )
 CUTS = (10, 50)
+RECORDS = [10_000, 3_000]
+"""Of each stream."""
 MEASURED_EVERY = 4
 """Batches; each measured one is ranked before it is learned from."""
 WINDOW = 8
@@ -220,13 +223,33 @@ def plot(entries: Sequence[Entry], shares: dict[str, list[float]], path: Path) -
     figure.savefig(path, dpi=110)
 
 
+def lengths(text: str) -> list[int]:
+    """How many records the streams have; argparse.ArgumentTypeError for anything but a list of numbers above 0."""
+    found = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of records; write 10000,3000")
+    return found
+
+
+def report(found: pd.DataFrame, shape: StreamShape) -> str:
+    """The table of one stream, headed by its length and followed by what is possible."""
+    best = ", ".join(f"hr@{k} {found[f'best hr@{k}'].mean():.4f}" for k in CUTS)
+    return f"{shape.records:,} records:\n\n{table(found)}\n\nBest possible: {best}"
+
+
+def ratios(found: pd.DataFrame) -> dict[str, float]:
+    """HR@10 by title over that of the first model, of means over the seeds."""
+    means = found.groupby("model", sort=False)["hr@10"].mean()
+    return {str(title): round(float(ratio), 3) for title, ratio in (means / means.iloc[0]).items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = StreamShape()
     parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of TOML files, one per model")
     parser.add_argument("--only", default=",".join(ORDER), help="names of the models to run")
-    parser.add_argument("--records", type=int, default=shape.records)
+    parser.add_argument("--records", type=lengths, default=RECORDS, help="of each stream; the first one is plotted")
     parser.add_argument("--items", type=int, default=shape.items)
     parser.add_argument("--categories", type=int, default=shape.categories)
     parser.add_argument("--length", type=int, default=shape.length)
@@ -237,24 +260,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     record = BENCHMARK.record(parser, options, argv)
     torch.set_num_threads(options.threads)
-    shape = StreamShape(options.items, options.categories, options.records, options.length, reading=options.reading)
     entries = [read_config(options.configs / f"{name}.toml", Entry) for name in options.only.split(",")]
-    runs = [run(entries, shape, seed) for seed in range(options.seeds)]
-    found = pd.concat([rows for rows, _ in runs])
-    best = ", ".join(f"hr@{k} {found[f'best hr@{k}'].mean():.4f}" for k in CUTS)
-    tables = f"{table(found)}\n\nBest possible: {best}"
-    print(tables)
-    if record.plot:
-        plot(entries, runs[0][1], record.plot)
+    shapes = [
+        StreamShape(options.items, options.categories, records, options.length, reading=options.reading)
+        for records in options.records
+    ]
+    streams: dict[int, pd.DataFrame] = {}
+    for shape in shapes:
+        runs = [run(entries, shape, seed) for seed in range(options.seeds)]
+        streams[shape.records] = pd.concat([rows for rows, _ in runs])
+        print(report(streams[shape.records], shape) + "\n")
+        if record.plot and shape is shapes[0]:
+            plot(entries, runs[0][1], record.plot)
     if record.notice:
         print(record.notice)
-    means = found.groupby("model", sort=False)["hr@10"].mean()
-    ratios = (means / means.iloc[0]).round(3).to_dict()
-    print(
-        "RESULT "
-        + json.dumps({"ratio": ratios, "runs": json.loads(found.to_json(orient="records")), "shape": vars(shape)})
-    )
-    record.write(tables, f"{shape.records:,} records, --seeds {options.seeds}, --threads {options.threads}")
+    every = pd.concat([found.assign(records=records) for records, found in streams.items()])
+    result = {
+        "ratio": ratios(streams[shapes[0].records]),
+        "ratios": {str(records): ratios(found) for records, found in streams.items()},
+        "runs": json.loads(every.to_json(orient="records")),
+        "shapes": [vars(shape) for shape in shapes],
+    }
+    print("RESULT " + json.dumps(result))
+    tables = "\n\n".join(report(streams[shape.records], shape) for shape in shapes)
+    record.write(tables, f"--seeds {options.seeds}, --threads {options.threads}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -151,6 +152,24 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [run["seed"] for run in result["runs"]] == [0] * 3 + [1] * 3
     assert all(0 <= run["hr@10"] <= run["hr@50"] <= 1 for run in result["runs"])
     assert plot.stat().st_size > 1000
+
+
+def test_each_stream_has_a_table_and_the_first_one_the_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--items=60", "--categories=5", "--length=8", "--threads=1", "--seeds=1", "--only=transformer,hstu"]
+    streaming.main([*small, "--records=120,40"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1].removeprefix("RESULT "))
+    assert printed.index("120 records:") < printed.index("40 records:\n") and printed.count("Best possible") == 2
+    assert list(result["ratios"]) == ["120", "40"] and result["ratio"] == result["ratios"]["120"]
+    assert [(run["records"], run["model"]) for run in result["runs"]] == [
+        (records, title) for records in (120, 40) for title in ("Transformer", "HSTU")
+    ]
+
+
+@pytest.mark.parametrize("text", ["3k", "10000,", "0", "-5"])
+def test_a_length_that_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="write 10000,3000"):
+        streaming.lengths(text)
 
 
 def test_the_models_of_the_command_are_the_papers_three_and_differ_in_their_attention_alone() -> None:
