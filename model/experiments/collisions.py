@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ml-1m"), help="folder of MovieLens-1M")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each arm, at least 2")
     parser.add_argument("--threads", type=int, default=1, help="threads of the tensor library; the batches are small")
-    parser.add_argument("--plot", type=Path, help="picture to write (default: none)")
+    parser.add_argument("--plot", default="", help="picture to write (default: none)")
     arguments = parser.parse_args(argv)
     if arguments.seeds < 2:
         raise BadInput(f"a spread needs at least 2 seeds, got {arguments.seeds}")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         console.print(table)
     if arguments.plot:
-        report.plot(collisions, admissions, expiries, arguments.plot)
+        report.plot(collisions, admissions, expiries, Path(arguments.plot))
     result = report.figures(columns, collisions, admissions, expiries)
     run = {"seconds": time.perf_counter() - begin, "seeds": arguments.seeds, "settings": asdict(settings)}
     print("RESULT " + json.dumps(result | run))

@@ -227,7 +227,8 @@ def lengths(text: str) -> list[int]:
     """How many records the streams have; argparse.ArgumentTypeError for anything but a list of numbers above 0."""
     found = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of records; write 10000,3000")
+        usual = ",".join(map(str, RECORDS))
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of records; write {usual}")
     return found
 
 
@@ -265,25 +266,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         StreamShape(options.items, options.categories, records, options.length, reading=options.reading)
         for records in options.records
     ]
-    streams: dict[int, pd.DataFrame] = {}
+    streams, reports = [], []
     for shape in shapes:
         runs = [run(entries, shape, seed) for seed in range(options.seeds)]
-        streams[shape.records] = pd.concat([rows for rows, _ in runs])
-        print(report(streams[shape.records], shape) + "\n")
+        streams.append(pd.concat([rows for rows, _ in runs]).assign(records=shape.records))
+        reports.append(report(streams[-1], shape))
+        print(reports[-1] + "\n")
         if record.plot and shape is shapes[0]:
             plot(entries, runs[0][1], record.plot)
     if record.notice:
         print(record.notice)
-    every = pd.concat([found.assign(records=records) for records, found in streams.items()])
     result = {
-        "ratio": ratios(streams[shapes[0].records]),
-        "ratios": {str(records): ratios(found) for records, found in streams.items()},
-        "runs": json.loads(every.to_json(orient="records")),
+        "ratios": {str(shape.records): ratios(found) for shape, found in zip(shapes, streams, strict=True)},
+        "runs": json.loads(pd.concat(streams).to_json(orient="records")),
         "shapes": [vars(shape) for shape in shapes],
     }
     print("RESULT " + json.dumps(result))
-    tables = "\n\n".join(report(streams[shape.records], shape) for shape in shapes)
-    record.write(tables, f"--seeds {options.seeds}, --threads {options.threads}")
+    record.write("\n\n".join(reports), f"--seeds {options.seeds}, --threads {options.threads}")
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def test_a_picture_is_drawn_only_where_it_was_asked_for(tmp_path: Path, monkeypa
     for name in ("MULTIPLES", "THRESHOLDS", "DAYS_TO_LIVE"):
         monkeypatch.setattr(collisions_runs, name, getattr(collisions_runs, name)[:1])
     monkeypatch.setattr(collisions_report, "plot", lambda *_: pytest.fail("drawn"))
-    collisions.main(["--data", str(folder), "--seeds", "2"])
+    collisions.main(["--data", str(folder), "--seeds", "2", "--plot", ""])
 
 
 def test_one_user_collides_with_nobody(tmp_path: Path) -> None:
