@@ -63,7 +63,7 @@ FRESHET_INLINE void locate(std::size_t n, const RowLayout layout, const IdOf id_
       Bucket* const home = shelf.index().places(hashes[t]).home;
       arrivals[t].shelf = &shelf;
       arrivals[t].bucket = home;
-      prefetch<Intent::kRead>(home);
+      prefetch_line(home);
     }
     if (t >= kAhead) {
       const std::size_t i = t - kAhead;
@@ -77,7 +77,7 @@ FRESHET_INLINE void locate(std::size_t n, const RowLayout layout, const IdOf id_
     const std::size_t i = aside[k];
     if (arrivals[i].settled()) continue;
     arrivals[i].bucket = arrivals[i].shelf->index().places(hashes[i]).second;
-    prefetch<Intent::kRead>(arrivals[i].bucket);
+    prefetch_line(arrivals[i].bucket);
     aside[searching++] = static_cast<std::uint32_t>(i);
   }
   for (std::size_t k = 0; k < searching; ++k) {
@@ -111,7 +111,7 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
         prefetch_row(arrivals[t].row, row_bytes);
         if (intent == Intent::kWrite) {
           prefetch_row(arrivals[t].header, sizeof(RowMeta));
-          prefetch<intent>(arrivals[t].bucket);
+          prefetch_line(arrivals[t].bucket);
         }
       }
       if (t >= kAhead) arrive(start + t - kAhead, arrivals[t - kAhead]);

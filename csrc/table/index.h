@@ -111,9 +111,13 @@ class Index {
   }
   FRESHET_INLINE static void prefetch_room(const Span& at) noexcept {
     const Bucket& home = at.bucket();
-    if (home.slot_of(kAbsent) != Bucket::kSlots || at.first[at.second].slot_of(kAbsent) != Bucket::kSlots) return;
-    for (const std::atomic<std::int64_t>& key : home.key) {
-      prefetch<Intent::kWrite>(at.first + second_index(hash_id(key.load(std::memory_order_relaxed)), at.buckets));
+    const bool home_full = home.slot_of(kAbsent) == Bucket::kSlots;
+    const bool second_full = at.first[at.second].slot_of(kAbsent) == Bucket::kSlots;
+    if (!(home_full & second_full)) return;  // one branch: neither can be foreseen
+#pragma GCC unroll 5
+    for (std::size_t slot = 0; slot < Bucket::kSlots; ++slot) {
+      const std::uint64_t hash = hash_id(home.key[slot].load(std::memory_order_relaxed));
+      prefetch<Intent::kWrite>(at.first + second_index(hash, at.buckets));
     }
   }
 

@@ -148,13 +148,23 @@ FRESHET_INLINE void ftrl(const OptimizerConfig& c, std::size_t dim, float lr, co
 }
 
 FRESHET_INLINE void update_row(const OptimizerConfig& c, std::size_t dim, float lr, const float* g, float* w) noexcept {
+  constexpr std::size_t kLine = kCacheLine / sizeof(float);
   float* const state = w + dim;
   switch (c.kind) {
-    case OptimizerKind::kSgd: return sgd(dim, lr, g, w);
-    case OptimizerKind::kAdagrad: return adagrad(c, dim, lr, g, w, state);
+    case OptimizerKind::kSgd:
+      return upper_lines_first<kLine>(dim, [=](std::size_t j, std::size_t n) __attribute__((always_inline)) {
+        sgd(n, lr, g + j, w + j);
+      });
+    case OptimizerKind::kAdagrad:
+      return upper_lines_first<kLine>(dim, [=, &c](std::size_t j, std::size_t n) __attribute__((always_inline)) {
+        adagrad(c, n, lr, g + j, w + j, state + j);
+      });
     case OptimizerKind::kRowwiseAdagrad: return rowwise_adagrad(c, dim, lr, g, w, state);
     case OptimizerKind::kAdam: return adam(c, dim, lr, g, w, state, state + dim, state + 2 * dim);
-    case OptimizerKind::kFtrl: return ftrl(c, dim, lr, g, w, state, state + dim);
+    case OptimizerKind::kFtrl:
+      return upper_lines_first<kLine>(dim, [=, &c](std::size_t j, std::size_t n) __attribute__((always_inline)) {
+        ftrl(c, n, lr, g + j, w + j, state + j, state + dim + j);
+      });
   }
 }
 

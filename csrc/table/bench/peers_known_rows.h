@@ -41,7 +41,7 @@ FRESHET_CLONES inline void adagrad_part(float* table, std::size_t dim, const std
                                         const float* gradients, float lr) {
   const freshet::OptimizerConfig config;
   const auto update = [=](std::size_t i, float* row) __attribute__((always_inline)) {
-    freshet::adagrad(config, dim, lr, gradients + i * dim, row, row + dim);
+    freshet::update_row(config, dim, lr, gradients + i * dim, row);
   };
   for_each_row(table, 2 * dim, rows, 0, n, update);
 }
@@ -52,13 +52,12 @@ inline constexpr std::size_t kRowsPerBucket = 4;  // of five slots
 FRESHET_CLONES inline void adagrad_in_places(float* table, std::size_t dim, freshet::Bucket* buckets,
                                              freshet::RowMeta* headers, const std::uint32_t* rows, std::size_t n,
                                              const float* gradients, float lr) {
-  constexpr auto kWrite = freshet::Intent::kWrite;
   const freshet::OptimizerConfig config;
   const auto update = [=](std::size_t i, float* row) __attribute__((always_inline)) {
-    if (i + 2 * kRowsAhead < n) freshet::prefetch<kWrite>(buckets + rows[i + 2 * kRowsAhead] / kRowsPerBucket);
-    if (i + kRowsAhead < n) freshet::prefetch<kWrite>(headers + rows[i + kRowsAhead]);
+    if (i + 2 * kRowsAhead < n) freshet::prefetch_line(buckets + rows[i + 2 * kRowsAhead] / kRowsPerBucket);
+    if (i + kRowsAhead < n) freshet::prefetch_line(headers + rows[i + kRowsAhead]);
     const freshet::BucketLock lock(buckets[rows[i] / kRowsPerBucket]);
-    freshet::adagrad(config, dim, lr, gradients + i * dim, row, row + dim);
+    freshet::update_row(config, dim, lr, gradients + i * dim, row);
     headers[rows[i]].add(1);
   };
   for_each_row(table, 2 * dim, rows, 0, n, update);
