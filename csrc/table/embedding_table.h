@@ -71,7 +71,8 @@ class SnapshotScan;
 //  * a fresh row is a pure function of (seed, slot_hash, id, config): see initializer.h. So is every later state, of the
 //    sequence of writing calls: neither the number of shards nor of threads matters;
 //  * weights and state are finite: gradients, weights and state that are not are refused;
-//  * a writing call that throws has changed nothing that any other call can see, unless it says otherwise.
+//  * a writing call that throws has changed nothing that any other call can see, unless it says otherwise;
+//  * `writes_` is odd from before the first change of a row or of the index to after the last one of a call.
 //
 // Threads: reading calls (lookup, lookup_pooled, size) never block and may run beside anything. They see each row
 // as it was at one moment, and every row whose insertion returned before they began. All other calls wait for each other;
@@ -255,12 +256,34 @@ class EmbeddingTable {
   using Entry = std::pair<std::int64_t, Handle>;
   Delta export_entries(std::vector<Entry> entries, std::vector<std::int64_t> tombstones) const;
 
+  // Scope of a call that changes rows or the index: one at a time.
+  class Writing {
+   public:
+    explicit Writing(EmbeddingTable& table) : lock_(table.write_mutex_), writes_(table.writes_) {
+      writes_.store(writes_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+      std::atomic_thread_fence(std::memory_order_release);
+    }
+    ~Writing() { writes_.store(writes_.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
+    Writing(const Writing&) = delete;
+    Writing& operator=(const Writing&) = delete;
+
+   private:
+    const std::lock_guard<std::mutex> lock_;
+    std::atomic<std::uint64_t>& writes_;
+  };
+  // For readers: whether nothing was written since `writes_` had this value.
+  bool nothing_written_since(std::uint64_t writes) const noexcept {
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return writes % 2 == 0 && writes_.load(std::memory_order_relaxed) == writes;
+  }
+
   const TableConfig config_;
   const std::size_t state_dim_;
   const std::uint64_t init_key_;  // hash(seed, slot)
   const unsigned shard_bits_;
 
   mutable std::mutex write_mutex_;
+  std::atomic<std::uint64_t> writes_{0};  // begun and ended: odd while one is under way
   mutable Reclaimer reclaimer_;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::vector<std::unique_ptr<Group>> groups_;  // scratch of the batch being written, kept for the next one

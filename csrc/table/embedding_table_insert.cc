@@ -37,7 +37,7 @@ void EmbeddingTable::deal(const std::int64_t* ids, std::size_t n, std::size_t th
 }
 
 std::size_t EmbeddingTable::find_or_insert(const std::int64_t* ids, std::size_t n, float* out, std::size_t threads) {
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   deal(ids, n, threads);
   std::atomic<std::size_t> inserted{0};
   try {

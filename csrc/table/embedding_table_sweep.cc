@@ -53,7 +53,7 @@ EmbeddingTable::Erased EmbeddingTable::erase_keys(const std::vector<std::int64_t
 }
 
 std::size_t EmbeddingTable::erase(const std::int64_t* ids, std::size_t n) {
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   const Reclaimer::Guard guard(reclaimer_);
   const std::size_t rows = erase_keys(std::vector<std::int64_t>(ids, ids + n)).rows;
   counters_.erased.fetch_add(rows, std::memory_order_relaxed);
@@ -89,14 +89,14 @@ std::size_t EmbeddingTable::expire_range(std::uint64_t from, std::uint64_t to, S
 }
 
 std::size_t EmbeddingTable::expire(std::int64_t before_us) {
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   const Reclaimer::Guard guard(reclaimer_);
   const Seconds before = to_seconds(std::max<std::int64_t>(before_us, 0));
   return expire_range(0, kLastHash, before, std::max(clock_, before));
 }
 
 std::size_t EmbeddingTable::expire_stale() {
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   const Reclaimer::Guard guard(reclaimer_);
   const Seconds ttl = to_seconds(config_.ttl_us);
   return ttl == 0 || clock_ <= ttl ? 0 : expire_range(0, kLastHash, clock_ - ttl, clock_);
@@ -153,7 +153,7 @@ void EmbeddingTable::check_candidates(std::size_t n) const {
 
 void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, const std::uint32_t* words) {
   check_candidates(n);
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   const Reclaimer::Guard guard(reclaimer_);
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint64_t hash = hash_id(ids[i]);
@@ -172,7 +172,7 @@ void EmbeddingTable::put_candidates(const std::int64_t* ids, std::size_t n, cons
 
 void EmbeddingTable::touch(const std::int64_t* ids, std::size_t n, const std::int64_t* now_us) {
   std::for_each(now_us, now_us + n, [](std::int64_t us) { check_time("now_us", us); });
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   reserve_reads(ids, n, 0);
   see_rows(ids, n, now_us);
 }

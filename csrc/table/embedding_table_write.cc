@@ -143,7 +143,7 @@ std::size_t EmbeddingTable::apply_gradients(const std::int64_t* ids, std::size_t
   if (!(lr >= 0 && lr <= kMaxLearningRate)) throw std::invalid_argument("lr must be between 0 and 1e6");
   check_time("now_us", now_us);
   const Seconds now = to_seconds(now_us), newest = std::max(now, newest_event(gradients, n));
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   collect_checked(ids, n, gradients, now, threads);
   reserve_reads(gradients.read_ids, gradients.reads, active_groups_);  // nothing fails once ids have got their rows
   std::atomic<std::size_t> updated{0}, newcomers{0};
@@ -200,7 +200,7 @@ void EmbeddingTable::check_rows(std::size_t n, const Rows& rows) const {
 
 std::size_t EmbeddingTable::upsert(const std::int64_t* ids, std::size_t n, const Rows& rows, std::size_t threads) {
   check_rows(n, rows);
-  const std::lock_guard<std::mutex> writing(write_mutex_);
+  const Writing writing(*this);
   collect(ids, n, nullptr, 0, threads);
   const auto put = [&](Shard& shard, const Item& item, RowMeta& meta, float* floats) {
     put_row(rows, item.position, meta, floats);

@@ -52,7 +52,7 @@ struct Arrival {
 template <typename Shelf, typename IdOf, typename ShelfOf>
 FRESHET_INLINE void locate(std::size_t n, const RowLayout layout, const IdOf id_of, const ShelfOf shelf_of,
                            Arrival<Shelf>* const arrivals) {
-  constexpr std::size_t kAhead = 16;
+  constexpr std::size_t kAhead = 24;
   std::uint64_t hashes[kFlight];
   std::uint32_t aside[kFlight];
   std::size_t waiting = 0;
@@ -92,15 +92,21 @@ FRESHET_INLINE void locate(std::size_t n, const RowLayout layout, const IdOf id_
   }
 }
 
+// A visitor that does nothing.
+struct Nothing {
+  template <typename... Args>
+  void operator()(const Args&...) const noexcept {}
+};
+
 // Takes ids [0, n) to their rows and calls arrive(i, arrival) for each, in order. First a block of ids is found in the
-// index, then their rows are sent for, some ahead of the one at hand. Both in one loop is slower by a third, however far
+// index, then their rows are sent for, some ahead of the one at hand; then landed(start, count, arrivals) is called. Both in one loop is slower by a third, however far
 // ahead buckets and rows are sent for (docs/experiments.md).
 // id_of(i), i < n. shelf_of(hash): what has index() and rows() for it. row_bytes: how much of a row is wanted. All is
 // passed by value on purpose: rows are copied as bytes, after which a compiler loads again what could be reached from
 // outside.
-template <Intent intent, typename IdOf, typename ShelfOf, typename Arrive>
+template <Intent intent, typename IdOf, typename ShelfOf, typename Arrive, typename Landed = Nothing>
 FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout layout, const IdOf id_of,
-                        const ShelfOf shelf_of, const Arrive arrive) {
+                        const ShelfOf shelf_of, const Arrive arrive, const Landed landed = {}) {
   constexpr std::size_t kAhead = 32;
   Arrival<std::remove_reference_t<decltype(shelf_of(0))>> arrivals[kFlight];
   for (std::size_t start = 0; start < n; start += kFlight) {
@@ -116,6 +122,7 @@ FRESHET_INLINE void fly(std::size_t n, std::size_t row_bytes, const RowLayout la
       }
       if (t >= kAhead) arrive(start + t - kAhead, arrivals[t - kAhead]);
     }
+    landed(start, count, arrivals);
   }
 }
 

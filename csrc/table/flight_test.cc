@@ -82,7 +82,7 @@ void test_all_arrive_once_and_in_order(std::size_t n) {
     if (i % 3 == 0) expected[i] = table.add_row(ids[i]);
     if (i % 3 == 1) table.add_candidate(ids[i]), expected[i] = kCandidate;
   }
-  std::size_t arrived = 0, guests = 0;
+  std::size_t arrived = 0, landed = 0, guests = 0;
   fly<Intent::kWrite>(
       n, sizeof(float), table.shard.rows().layout(), [&ids](std::size_t i) { return ids[i]; },
       [&table](std::uint64_t) -> Shard& { return table.shard; },
@@ -94,8 +94,14 @@ void test_all_arrive_once_and_in_order(std::size_t n) {
         CHECK(*at.floats() == static_cast<float>(at.handle) && &at.meta() == &table.shard.meta(at.handle));
         CHECK(at.bucket->find(ids[i]) == at.handle && at.control == at.bucket->control.load());
         guests += at.bucket != table.shard.index().places(hash_id(ids[i])).home ? 1 : 0;
+      },
+      [&](std::size_t start, std::size_t count, const Arrival<Shard>* arrivals) {
+        CHECK(start == landed && count != 0 && count <= kFlight);
+        landed += count;
+        CHECK(arrived == landed);
+        for (std::size_t i = start; i < landed; ++i) CHECK((arrivals[i - start].row != nullptr) == (i % 3 == 0));
       });
-  CHECK(arrived == n);
+  CHECK(arrived == n && landed == n);
   CHECK(n < 2 * kFlight || guests > 0);
 }
 
