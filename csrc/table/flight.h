@@ -99,8 +99,8 @@ struct Nothing {
 };
 
 // Takes ids [0, n) to their rows and calls arrive(i, arrival) for each, in order. First a block of ids is found in the
-// index, then their rows are sent for, some ahead of the one at hand; then landed(start, count, arrivals) is called. Both in one loop is slower by a third, however far
-// ahead buckets and rows are sent for (docs/experiments.md).
+// index, then their rows are sent for, some ahead of the one at hand; then landed(start, count, arrivals) is called.
+// Finding and fetching in one loop is slower by a third, however far ahead both are sent for (docs/experiments.md).
 // id_of(i), i < n. shelf_of(hash): what has index() and rows() for it. row_bytes: how much of a row is wanted. All is
 // passed by value on purpose: rows are copied as bytes, after which a compiler loads again what could be reached from
 // outside.
