@@ -304,11 +304,6 @@ class EmbeddingTable {
         postponed_sweeps{0};
   };
   mutable Counters counters_;
-  // Grows whenever a batch has changed rows. Any thread.
-  std::uint64_t changes() const noexcept {
-    return counters_.updated.load(std::memory_order_relaxed) + counters_.upserted.load(std::memory_order_relaxed) +
-           counters_.inserted.load(std::memory_order_relaxed);
-  }
 };
 
 }  // namespace freshet

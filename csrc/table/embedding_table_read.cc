@@ -48,21 +48,22 @@ FRESHET_CLONES std::size_t EmbeddingTable::read_rows(const std::int64_t* ids, st
     ++absent;
     read_missing(init_key_, ids[i], config_.init_scale, dim, missing == Missing::kInitial, out + i * dim);
   };
+  const auto search = [&](std::size_t i) __attribute__((always_inline)) {
+    if (!read_row(ids[i], hash_id(ids[i]), out + i * dim)) miss(i);
+  };
   std::uint64_t writes = writes_.load(std::memory_order_acquire);
   fly<Intent::kRead>(
       n, bytes, row_layout(), [ids](std::size_t i) { return ids[i]; },
       [shards, shard_bits](std::uint64_t hash) -> Shard& { return *shards[shard_index(hash, shard_bits)]; },
       [&](std::size_t i, const Arrival<Shard>& arrival) __attribute__((always_inline)) {
         if (arrival.row != nullptr) return copy_racy(arrival.row, bytes, out + i * dim);
-        if (arrival.handle != kAbsent && read_row(ids[i], hash_id(ids[i]), out + i * dim)) return;
-        miss(i);
+        arrival.handle == kAbsent ? miss(i) : search(i);
       },
       [&](std::size_t start, std::size_t count, const Arrival<Shard>* arrivals) __attribute__((always_inline)) {
         if (!nothing_written_since(writes)) {
           for (std::size_t i = start; i < start + count; ++i) {
             const Arrival<Shard>& arrival = arrivals[i - start];
-            if (arrival.row == nullptr || arrival.bucket->end_read(arrival.control)) continue;
-            if (!read_row(ids[i], hash_id(ids[i]), out + i * dim)) miss(i);
+            if (arrival.row != nullptr && !arrival.bucket->end_read(arrival.control)) search(i);
           }
         }
         writes = writes_.load(std::memory_order_acquire);  // for the next block

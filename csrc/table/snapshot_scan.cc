@@ -94,7 +94,7 @@ SnapshotScan::SnapshotScan(EmbeddingTable& table) : table_(table) {
   progress_ = {table.epoch(), table.updates_, table.sweep_at_, table.eviction_at_, table.clock_};
   dropped_to_ = table.dropped_to_;
   rows_ = table.size();
-  changes_ = table.changes();
+  writes_ = table.writes_.load(std::memory_order_relaxed);
   rested_at_ = std::chrono::steady_clock::now();
   for (const auto& shard : table.shards_) {
     shard->tombstones().for_each_after(0, [&](std::int64_t key, Epoch epoch) {
@@ -171,9 +171,9 @@ double SnapshotScan::rest_after(double worked, bool changed) noexcept {
 void SnapshotScan::give_way() {
   using Clock = std::chrono::steady_clock;
   using Span = std::chrono::duration<double>;
-  const bool changed = table_.changes() != changes_;
+  const bool changed = table_.writes_.load(std::memory_order_relaxed) != writes_;
   std::this_thread::sleep_for(Span(rest_after(Span(Clock::now() - rested_at_).count(), changed)));
-  changes_ = table_.changes();
+  writes_ = table_.writes_.load(std::memory_order_relaxed);
   rested_at_ = Clock::now();
 }
 

@@ -119,7 +119,7 @@ class SnapshotScan {
   std::size_t rows_ = 0;
   std::vector<KeyHandle> entries_;  // of the segment at work
   bool ended_ = false;
-  std::uint64_t changes_ = 0;                        // of the table, until the end of the last rest
+  std::uint64_t writes_ = 0;                         // of the table, until the end of the last rest
   std::chrono::steady_clock::time_point rested_at_;  // that end
 
   std::mutex saved_mutex_;
