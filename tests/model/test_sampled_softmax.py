@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,6 +47,7 @@ def loss_and_gradients(
     temperature=st.sampled_from([0.05, 1.0, 5.0]),
     seed=st.integers(0, 99),
 )
+@example(positions=148, items=2, dim=125, samples=58, temperature=1.0, seed=66)
 def test_the_kernels_are_the_published_formula(
     isa: str, positions: int, items: int, dim: int, samples: int, temperature: float, seed: int
 ) -> None:
